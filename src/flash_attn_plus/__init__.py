@@ -1,0 +1,9 @@
+"""FlashAttention-Plus: exact, memory-linear attention in Python, on any device."""
+
+from flash_attn_plus.errors import InvalidArgument, NoBackend
+from flash_attn_plus.functional import attention, explain
+from flash_attn_plus.problem import AttentionProblem
+from flash_attn_plus.selection import use_backend
+
+__version__ = "0.1.0"
+__all__ = ["AttentionProblem", "InvalidArgument", "NoBackend", "attention", "explain", "use_backend"]

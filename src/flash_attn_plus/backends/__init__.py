@@ -1,0 +1,1 @@
+"""The engines behind a call, each told what it cannot do in `reasons`."""

@@ -1,0 +1,75 @@
+"""What a backend is: its limits as data, and two functions that fill given outputs."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flash_attn_plus.problem import AttentionInputs, AttentionProblem
+
+
+@dataclass(frozen=True)
+class Capability:
+    """The limits of a backend; `reasons` turns each that a problem breaks into a sentence with the offending value."""
+
+    dtypes: frozenset[torch.dtype]
+    max_head_dim: int
+    devices: frozenset[str] | None = None  # None: any device type
+    refused: dict[str, str] = field(default_factory=dict)  # a true AttentionProblem field -> why it is refused
+
+    def reasons(self, problem: AttentionProblem) -> list[str]:
+        """Why the problem lies outside these limits; empty when it does not."""
+        found = []
+        if self.devices is not None and problem.device.type not in self.devices:
+            found.append(f"device {problem.device.type} is not one of {', '.join(sorted(self.devices))}")
+        if problem.dtype not in self.dtypes:
+            found.append(f"dtype {str(problem.dtype).removeprefix('torch.')} not supported")
+        if problem.head_dim > self.max_head_dim:
+            found.append(f"head_dim {problem.head_dim} > {self.max_head_dim}")
+        if problem.head_dim_v > self.max_head_dim:
+            found.append(f"head_dim_v {problem.head_dim_v} > {self.max_head_dim}")
+        found += [why for name, why in self.refused.items() if getattr(problem, name)]
+        return found
+
+
+class Backend(ABC):
+    """One engine. Implementations hold no state that depends on a call."""
+
+    name: str
+    capability: Capability
+
+    def unavailable(self) -> str | None:
+        """Why the backend cannot run in this process at all, with the remedy; None when it can."""
+        return None
+
+    def reasons(self, problem: AttentionProblem) -> list[str]:
+        """Every reason why this backend does not serve the problem; empty means that it does."""
+        missing = self.unavailable()
+        return [missing] if missing else self.capability.reasons(problem)
+
+    @abstractmethod
+    def forward(self, problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:
+        """Write every covered row of `out` (like q with v's head dim) and of `lse`.
+
+        `lse` is natural-log float32, (b, h, sq) or (h, total_q); a row that sees no key gets out 0 and LSE +inf.
+        """
+
+    @abstractmethod
+    def backward(
+        self,
+        problem: AttentionProblem,
+        inputs: AttentionInputs,
+        dout: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        delta: Tensor,
+    ) -> None:
+        """Write dq, dk and dv (any strides, last one 1) and `delta` = rowsum(dout * out) - dlse, float32 like `lse`.
+
+        `out` and `lse` may come from any backend, or from a softmax merged over more keys than are given here.
+        """

@@ -1,0 +1,49 @@
+"""Every environment variable the engine reads, each read at call time so that a process may change it."""
+
+import os
+
+USE_FLAGGEMS = "FLASH_ATTENTION_USE_FLAGGEMS"  # TRUE: FlagGems, then ours; FALSE: the original CUDA kernels, then ours
+BACKEND = "FLASH_ATTENTION_BACKEND"  # one backend by name; a call it cannot serve raises
+FP32_PRECISION = "FLASH_ATTENTION_FP32_PRECISION"  # ieee (default), tf32x3 or tf32: products of float32 inputs
+DEBUG = "FLASH_ATTENTION_DEBUG"  # 1: check values that live on the device (lengths, page ids); costs a sync
+
+_TRUE = {"1", "true", "yes", "on"}
+_FALSE = {"0", "false", "no", "off"}
+_PRECISIONS = ("ieee", "tf32x3", "tf32")
+
+
+def _boolean(name: str) -> bool | None:
+    raw = os.environ.get(name)
+    if raw is None or raw == "":
+        return None
+    value = raw.strip().lower()
+    if value in _TRUE:
+        return True
+    if value in _FALSE:
+        return False
+    raise ValueError(f"{name}={raw!r} is neither TRUE nor FALSE; set one of them or unset the variable")
+
+
+def use_flaggems() -> bool | None:
+    """TRUE, FALSE or None (unset: best available)."""
+    return _boolean(USE_FLAGGEMS)
+
+
+def backend() -> str | None:
+    """The backend that must serve every call, or None."""
+    return os.environ.get(BACKEND) or None
+
+
+def debug() -> bool:
+    """Whether device-side values are checked."""
+    return bool(_boolean(DEBUG))
+
+
+def fp32_precision() -> str:
+    """How float32 tiles are multiplied: "ieee", "tf32x3" or "tf32"."""
+    raw = os.environ.get(FP32_PRECISION)
+    if not raw:
+        return "ieee"
+    if raw.lower() not in _PRECISIONS:
+        raise ValueError(f"{FP32_PRECISION}={raw!r} is unknown; choose one of {', '.join(_PRECISIONS)}")
+    return raw.lower()

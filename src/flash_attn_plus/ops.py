@@ -1,0 +1,188 @@
+"""The engine's operators: schemas, fakes, the allocation of every output, and the call into a backend."""
+
+import torch
+from torch import Tensor
+
+from flash_attn_plus import env
+from flash_attn_plus.errors import InvalidArgument
+from flash_attn_plus.problem import AttentionInputs, AttentionProblem, check_arguments, check_values, describe
+from flash_attn_plus.selection import choose
+
+_SEQUENCES = (
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? seqused_k,"
+    " Tensor? leftpad_k, Tensor? block_table"
+)
+_OPTIONS = (
+    "Tensor? alibi_slopes, Tensor? rng_state, float dropout_p, float softmax_scale,"
+    " SymInt window_size_left, SymInt window_size_right, float softcap"
+)
+_library = torch.library.Library("flash_attn_plus", "DEF")
+_library.define(f"forward(Tensor q, Tensor k, Tensor v, {_SEQUENCES}, {_OPTIONS}) -> (Tensor out, Tensor lse)")
+_library.define(
+    "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse,"
+    f" Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, {_SEQUENCES}, {_OPTIONS}, bool deterministic) -> Tensor delta"
+)
+
+
+def rows_last(x: Tensor | None) -> Tensor | None:
+    """x itself when its last stride is 1, else a contiguous copy (kernels read rows of adjacent elements)."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 and x.is_contiguous() else x.contiguous()
+
+
+def _lse_shape(q: Tensor, is_varlen: bool) -> tuple[int, ...]:
+    return (q.shape[1], q.shape[0]) if is_varlen else (q.shape[0], q.shape[2], q.shape[1])
+
+
+def allocate_outputs(q: Tensor, v: Tensor, is_varlen: bool) -> tuple[Tensor, Tensor]:
+    """Contiguous `out` like q with v's head dim, and float32 `lse`: the only place that makes them."""
+    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return out, torch.empty(_lse_shape(q, is_varlen), dtype=lse_dtype, device=q.device)
+
+
+def run_forward(problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:
+    """Fill out and lse by the chosen backend."""
+    if out.numel() == 0 and lse.numel() == 0:
+        return
+    if problem.seqlen_k == 0 or problem.seqlen_q == 0:
+        out.zero_()
+        lse.fill_(float("inf"))
+        return
+    choose(problem).forward(problem, inputs, out, lse)
+
+
+def run_backward(
+    problem: AttentionProblem,
+    inputs: AttentionInputs,
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> Tensor:
+    """Fill dq, dk and dv by the chosen backend; returns delta, float32 like lse."""
+    delta = torch.empty_like(lse)
+    if problem.seqlen_q == 0 or problem.seqlen_k == 0 or lse.numel() == 0 or dk.numel() == 0:
+        for x in (dq, dk, dv, delta):
+            x.zero_()
+        return delta
+    choose(problem).backward(problem, inputs, dout, out, lse, dlse, dq, dk, dv, delta)
+    return delta
+
+
+def gather_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seqused_k: Tensor | None,
+    leftpad_k: Tensor | None,
+    block_table: Tensor | None,
+    alibi_slopes: Tensor | None,
+    rng_state: Tensor | None,
+    dropout_p: float,
+    softmax_scale: float,
+    softcap: float,
+) -> AttentionInputs:
+    """Checked inputs with last strides of 1."""
+    inputs = AttentionInputs(
+        rows_last(q), rows_last(k), rows_last(v), softmax_scale, softcap, dropout_p,
+        cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table, alibi_slopes, rng_state,
+    )  # fmt: skip
+    check_arguments(inputs)
+    if dropout_p > 0.0 and (rng_state is None or rng_state.dtype != torch.int64 or rng_state.shape != (2,)):
+        raise InvalidArgument("rng_state must be an int64 tensor of shape (2,), seed and offset, when dropout_p > 0")
+    return inputs
+
+
+def _forward(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k, block_table,
+    alibi_slopes, rng_state, dropout_p, softmax_scale, window_size_left, window_size_right, softcap,
+):  # fmt: skip
+    inputs = gather_inputs(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table,
+        alibi_slopes, rng_state, dropout_p, softmax_scale, softcap,
+    )  # fmt: skip
+    if env.debug():
+        check_values(inputs, max_seqlen_q, max_seqlen_k)
+    problem = describe(inputs, max_seqlen_q, max_seqlen_k, window_size_left, window_size_right)
+    out, lse = allocate_outputs(q, v, cu_seqlens_q is not None)
+    run_forward(problem, inputs, out, lse)
+    return out, lse
+
+
+def _forward_fake(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k, block_table,
+    alibi_slopes, rng_state, dropout_p, softmax_scale, window_size_left, window_size_right, softcap,
+):  # fmt: skip
+    gather_inputs(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table,
+        alibi_slopes, rng_state, dropout_p, softmax_scale, softcap,
+    )  # fmt: skip
+    return allocate_outputs(q, v, cu_seqlens_q is not None)
+
+
+def _check_gradients(x: AttentionInputs, dout: Tensor, out: Tensor, lse: Tensor, grads: tuple[Tensor, ...]) -> None:
+    is_varlen = x.cu_seqlens_q is not None
+    expected = (*x.q.shape[:-1], x.v.shape[-1])
+    for name, t in (("dout", dout), ("out", out)):
+        if t.dtype != x.q.dtype:
+            raise InvalidArgument(f"query and {name} must have the same dtype: {name} has {t.dtype}, q has {x.q.dtype}")
+        if t.shape != expected:
+            raise InvalidArgument(f"{name} must have shape {tuple(expected)}, not {tuple(t.shape)}")
+    if lse.shape != _lse_shape(x.q, is_varlen):
+        raise InvalidArgument(f"softmax_lse must have shape {_lse_shape(x.q, is_varlen)}, not {tuple(lse.shape)}")
+    for name, t, like in zip(("dq", "dk", "dv"), grads, (x.q, x.k, x.v), strict=True):
+        if t.dtype != like.dtype:
+            raise InvalidArgument(
+                f"query and {name} must have the same dtype: {name} has {t.dtype}, q has {like.dtype}"
+            )
+        if t.shape != like.shape:
+            raise InvalidArgument(f"{name} must have shape {tuple(like.shape)}, not {tuple(t.shape)}")
+        if t.stride(-1) != 1 and t.shape[-1] != 1:
+            raise InvalidArgument(f"{name} must have contiguous last dimension; pass a buffer whose last stride is 1")
+    if x.block_table is not None or x.seqused_k is not None or x.leftpad_k is not None:
+        raise InvalidArgument("block_table, seqused_k and leftpad_k have no backward; call under torch.no_grad()")
+
+
+def backward_into(
+    dout, q, k, v, out, lse, dlse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k,
+    leftpad_k, block_table, alibi_slopes, rng_state, dropout_p, softmax_scale, window_size_left, window_size_right,
+    softcap, deterministic,
+):  # fmt: skip
+    """The operator's implementation: gradients go into dq, dk and dv, delta is returned."""
+    inputs = gather_inputs(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table,
+        alibi_slopes, rng_state, dropout_p, softmax_scale, softcap,
+    )  # fmt: skip
+    _check_gradients(inputs, dout, out, lse, (dq, dk, dv))
+    problem = describe(
+        inputs, max_seqlen_q, max_seqlen_k, window_size_left, window_size_right,
+        is_backward=True, is_deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    return run_backward(problem, inputs, rows_last(dout), rows_last(out), lse.contiguous(), dlse, dq, dk, dv)
+
+
+def _backward_fake(
+    dout, q, k, v, out, lse, dlse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k,
+    leftpad_k, block_table, alibi_slopes, rng_state, dropout_p, softmax_scale, window_size_left, window_size_right,
+    softcap, deterministic,
+):  # fmt: skip
+    inputs = gather_inputs(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table,
+        alibi_slopes, rng_state, dropout_p, softmax_scale, softcap,
+    )  # fmt: skip
+    _check_gradients(inputs, dout, out, lse, (dq, dk, dv))
+    return torch.empty(_lse_shape(q, cu_seqlens_q is not None), dtype=lse.dtype, device=q.device)
+
+
+_library.impl("forward", _forward, "CompositeExplicitAutograd")
+_library.impl("backward", backward_into, "CompositeExplicitAutograd")
+torch.library.register_fake("flash_attn_plus::forward", _forward_fake, lib=_library)
+torch.library.register_fake("flash_attn_plus::backward", _backward_fake, lib=_library)
+
+forward = torch.ops.flash_attn_plus.forward.default
+backward = torch.ops.flash_attn_plus.backward.default
