@@ -1,0 +1,101 @@
+"""What every Python file of the repository keeps to: size, and a few things that are never done."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from source_tree import DROPIN, ENGINE, ROOT, parse, python_files, shown
+
+FILE_LINES = 500
+HOST_LINES = 60
+KERNEL_LINES = 120
+# Functions that are clearer in one piece, with the lines they may have.
+LONGER = {
+    "src/flash_attn_plus/problem.py:check_arguments": 110,  # one rule after the other, in the order they are checked
+}
+LIBRARY = python_files(ENGINE, DROPIN)
+EVERYTHING = python_files(*(ROOT / name for name in ("src", "dropin", "demo", "benchmarks", "tests", "tools")))
+TEXTS = [p for p in ROOT.iterdir() if p.suffix in {".md", ".toml", ".txt"} or p.name in {"Makefile", "LICENSE"}]
+MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work|home|root|Users|mnt)/\w")
+UNFINISHED = re.compile(r"\b(?:TO(?:DO)|FIX(?:ME)|XX(?:X)|HA(?:CK))\b|^\s*#\s*@\w")
+
+
+def functions(path: Path) -> list[ast.FunctionDef]:
+    return [n for n in ast.walk(parse(path)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def is_kernel(function: ast.FunctionDef) -> bool:
+    return any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def normal_limit(function: ast.FunctionDef) -> int:
+    return KERNEL_LINES if is_kernel(function) else HOST_LINES
+
+
+def code_lines(function: ast.FunctionDef) -> int:
+    """Lines from `def` to the end, without the docstring."""
+    first = function.body[0]
+    is_docstring = isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str)
+    docstring = first.end_lineno - first.lineno + 1 if is_docstring else 0
+    return function.end_lineno - function.lineno + 1 - docstring
+
+
+def matching_lines(pattern: re.Pattern, paths: list[Path]) -> list[str]:
+    return [
+        f"{shown(path)}:{number} {line.strip()}"
+        for path in paths
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if pattern.search(line)
+    ]
+
+
+def test_no_file_has_become_two_things():
+    lengths = {shown(path): path.read_text(encoding="utf-8").count("\n") for path in EVERYTHING}
+    assert not {name: lines for name, lines in lengths.items() if lines > FILE_LINES}
+
+
+def test_functions_fit_on_a_screen_or_two():
+    too_long = []
+    for path in LIBRARY:
+        for function in functions(path):
+            limit = LONGER.get(f"{shown(path)}:{function.name}", normal_limit(function))
+            if code_lines(function) > limit:
+                too_long.append(f"{shown(path)}:{function.lineno} {function.name}: {code_lines(function)} > {limit}")
+    assert not too_long
+
+
+@pytest.mark.parametrize("name", LONGER)
+def test_every_exception_is_still_needed(name):
+    file, function_name = name.split(":")
+    (function,) = [f for f in functions(ROOT / file) if f.name == function_name]
+    assert code_lines(function) > normal_limit(function), f"drop {name} from LONGER"
+
+
+def test_no_exception_is_swallowed_unseen():
+    broad = [
+        f"{shown(path)}:{node.lineno}"
+        for path in EVERYTHING
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.ExceptHandler)
+        and (node.type is None or ast.unparse(node.type) in {"Exception", "BaseException"})
+    ]
+    assert not broad, "name the exceptions that are meant"
+
+
+def test_no_import_path_is_edited():
+    edits = [
+        f"{shown(path)}:{node.lineno}"
+        for path in EVERYTHING
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path"
+    ]
+    assert not edits, "install the package or set PYTHONPATH"
+
+
+def test_no_path_of_one_machine():
+    assert not matching_lines(MACHINE_PATH, [*EVERYTHING, *TEXTS])
+
+
+def test_no_notes_to_oneself_and_no_disabled_decorators():
+    assert not matching_lines(UNFINISHED, EVERYTHING)
