@@ -1,0 +1,147 @@
+"""The oracle: attention written out naively in plain PyTorch, differentiable by autograd.
+
+In float64 it is the truth that results are measured against; in the inputs' dtype it is the plain PyTorch
+whose error sets the scale of what is allowed. It takes memory quadratic in the sequence length.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from flash_attn_plus.dropout import keep_mask
+
+
+def _starts(cu_seqlens: Tensor | None, batch: int) -> list[int]:
+    return [0] * (batch + 1) if cu_seqlens is None else cu_seqlens.tolist()
+
+
+def _keys_of(
+    x: Tensor, n: int, start: int, length: int, is_packed: bool, block_table: Tensor | None
+) -> Tensor:  # (length, hk, d)
+    if block_table is not None:
+        page_size = x.shape[1]
+        pages = block_table[n, : math.ceil(length / page_size)].long()
+        return x[pages].flatten(0, 1)[:length]
+    return (x if is_packed else x[n])[start : start + length]
+
+
+def visible(len_q: int, len_k: int, left: int, right: int, device: torch.device) -> Tensor:
+    """Bool (len_q, len_k): the keys inside the band around the bottom-right-aligned diagonal."""
+    distance = (
+        torch.arange(len_k, device=device) - torch.arange(len_q, device=device)[:, None] - (len_k - len_q)
+    )  # of key j from the key aligned with query i
+    inside = torch.ones_like(distance, dtype=torch.bool)
+    if left >= 0:
+        inside &= distance >= -left
+    if right >= 0:
+        inside &= distance <= right
+    return inside
+
+
+def sequence_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softmax_scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+    slopes: Tensor | None,
+    keep: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one sequence in the dtype of its inputs.
+
+    q is (h, sq, d), k (h, sk, d), v (h, sk, dv), slopes (h,), keep bool (h, sq, sk);
+    returns out (h, sq, dv) and lse (h, sq).
+    """
+    len_q, len_k = q.shape[1], k.shape[1]
+    if len_k == 0:  # zeros and infinities that autograd still traces to the inputs
+        return q @ k.transpose(1, 2) @ v, (q * 0.0).sum(-1) + float("inf")
+    scores = q @ k.transpose(1, 2) * softmax_scale
+    if softcap > 0.0:
+        scores = softcap * torch.tanh(scores / softcap)
+    if slopes is not None:
+        rows = torch.arange(len_q, device=q.device)[:, None] + len_k - len_q
+        distance = (rows - torch.arange(len_k, device=q.device)).abs()
+        scores = scores - (slopes.double()[:, None, None] * distance).to(q.dtype)
+    inside = visible(len_q, len_k, left, right, q.device)
+    has_key = inside.any(-1)
+    scores = scores.masked_fill(~inside, float("-inf")).masked_fill(~has_key[:, None], 0.0)
+    weights = scores.softmax(-1) * has_key[:, None]
+    if keep is not None:
+        weights = weights * keep / (1.0 - dropout_p)
+    return weights @ v, scores.logsumexp(-1).masked_fill(~has_key, float("inf"))
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    left: int = -1,
+    right: int = -1,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    rng_state: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Attention as the documentation defines it, every step in `dtype`.
+
+    Args:
+        q, k, v: as for `AttentionInputs`: dense (b, s, h, d), packed (total, h, d) with cu_seqlens, or paged keys.
+        left, right: visible keys beside the diagonal; -1 is unbounded; causal is right = 0.
+        rng_state: int64 (2,), seed and offset of the dropout bits; needed when dropout_p > 0.
+        dtype: float64 for the oracle, the inputs' dtype for plain PyTorch in the same precision.
+        The other arguments are those of `attention`.
+
+    Returns:
+        out in `dtype`, (b, sq, h, dv) or (total_q, h, dv), and lse in `dtype`, (b, h, sq) or (h, total_q).
+        A row without keys, and a packed row that belongs to no sequence, has out 0, lse +inf and no gradient.
+    """
+    heads, batch = q.shape[-2], q.shape[0] if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    group = heads // k.shape[-2]
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    is_packed_k = cu_seqlens_k is not None and block_table is None
+    starts_q, starts_k = _starts(cu_seqlens_q, batch), _starts(cu_seqlens_k, batch)
+    outs, lses = [], []
+    for n in range(batch):
+        q_n = q[n] if cu_seqlens_q is None else q[starts_q[n] : starts_q[n + 1]]
+        length = starts_k[n + 1] - starts_k[n] if cu_seqlens_k is not None else k.shape[1]
+        length = int(seqused_k[n]) if seqused_k is not None else length
+        skipped = int(leftpad_k[n]) if leftpad_k is not None else 0
+        start = (starts_k[n] if is_packed_k else 0) + skipped
+        k_n, v_n = (_keys_of(x, n, start, max(length - skipped, 0), is_packed_k, block_table) for x in (k, v))
+        keep = None
+        if dropout_p > 0.0:
+            indices = n * heads + torch.arange(heads, device=q.device)
+            keep = keep_mask(rng_state, indices, range(len(q_n)), range(len(k_n)), dropout_p)
+        out, lse = sequence_reference(
+            q_n.to(dtype).transpose(0, 1),
+            k_n.to(dtype).transpose(0, 1).repeat_interleave(group, 0),
+            v_n.to(dtype).transpose(0, 1).repeat_interleave(group, 0),
+            softmax_scale=scale,
+            left=left,
+            right=right,
+            softcap=softcap,
+            slopes=alibi_slopes[n] if alibi_slopes is not None and alibi_slopes.ndim == 2 else alibi_slopes,
+            keep=keep,
+            dropout_p=dropout_p,
+        )
+        outs.append(out.transpose(0, 1))
+        lses.append(lse)
+    if cu_seqlens_q is None:
+        return torch.stack(outs), torch.stack(lses)
+    rest = q.shape[0] - starts_q[-1]
+    outs.append(q.new_zeros((rest, heads, v.shape[-1]), dtype=dtype))
+    lses.append(q.new_full((heads, rest), float("inf"), dtype=dtype))
+    return torch.cat(outs), torch.cat(lses, 1)
