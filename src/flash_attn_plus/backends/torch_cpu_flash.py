@@ -1,0 +1,219 @@
+"""Attention on the CPU by PyTorch's fused operator, which returns and takes the LSE.
+
+The operator masks only by a causal triangle aligned to the top-left corner, or by an additive bias. A band with at
+most a right bound is therefore a rectangle of keys that all rows see, and a triangle; the halves are merged by their
+LSE, and their gradients add up because both are given the merged LSE. Any other band, and ALiBi, runs row block by row
+block against the keys that the block sees, with the band and the bias added to the scores.
+
+Beside padded or converted copies of the inputs, temporaries are a second `out` (merge), float32 accumulators of dk and
+dv (row blocks), and one bias of block rows * visible keys, times the heads with ALiBi: linear in the sequence length.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flash_attn_plus.backends.torch_band import Band, row_blocks
+from flash_attn_plus.backends.torch_tiles import accumulation_dtype, alibi_bias
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_BIAS_NUMBERS = 2**22  # of one row block's ALiBi bias: 16 MiB
+_BLOCK_ROWS = (32, 256)  # bounds of a row block
+
+
+class Pieces(NamedTuple):
+    """A band without a left bound as `open_keys` leading keys that every row sees, then a top-left causal triangle.
+
+    `has_triangle` is false where every row sees every key.
+    """
+
+    open_keys: int
+    has_triangle: bool
+
+
+def pieces(band: Band) -> Pieces:
+    """The pieces of a band without a left bound, for the rows from `first_row` on."""
+    if band.right < 0:
+        return Pieces(band.len_k, False)
+    open_keys = band.first_row + band.offset + band.right
+    return Pieces(min(open_keys, band.len_k), open_keys < band.len_k)
+
+
+def block_rows(band: Band, bias_heads: int) -> int:
+    """Rows of a block: few enough that a narrow band wastes little work on hidden keys and a bias stays small."""
+    smallest, largest = _BLOCK_ROWS
+    wanted = largest
+    if band.left >= 0 and band.right >= 0:
+        wanted = max(64, min(largest, (band.left + band.right) // 4))
+    return max(smallest, min(wanted, _BIAS_NUMBERS // (bias_heads * band.len_k)))
+
+
+def _operand(x: Tensor, dim: int) -> Tensor:
+    """(n, s, h, d) as the operator's (n, h, s, dim): zero-padded, and float32 for float16, which it runs slowly."""
+    if x.dtype == torch.float16:
+        x = x.float()
+    if x.shape[-1] < dim:
+        x = F.pad(x, (0, dim - x.shape[-1]))
+    return x.transpose(1, 2)
+
+
+def _positive(scale: float) -> tuple[float, float]:
+    """(factor of q, scale): the operator masks before it scales, so a scale that is not positive would unmask."""
+    return (1.0, scale) if scale > 0.0 else (0.0, 1.0) if scale == 0.0 else (-1.0, -scale)
+
+
+class _Biases:
+    """The additive bias of row blocks; blocks equally placed on the diagonal share one."""
+
+    def __init__(self, band: Band, slopes: Tensor | None, dtype: torch.dtype) -> None:
+        self.band, self.slopes = band, slopes
+        self.dtype = accumulation_dtype(dtype)
+        self.last: tuple[tuple[int, int, int], Tensor] | None = None
+
+    def of(self, rows: range, cols: range) -> Tensor | None:
+        """(rows, cols), or (n or 1, h, rows, cols) with slopes; None when nothing is hidden or biased."""
+        band = self.band
+        if self.slopes is None and band.is_open(rows, cols):
+            return None
+        placed = (cols.start - rows.start, len(rows), len(cols))
+        if self.last is None or self.last[0] != placed:
+            self.last = placed, self._make(rows, cols)
+        return self.last[1]
+
+    def _make(self, rows: range, cols: range) -> Tensor:
+        device = torch.device("cpu")
+        hidden = self.band.hidden(rows, cols, device)
+        if self.slopes is None:
+            return torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, float("-inf"))
+        bias = alibi_bias(self.slopes, self.band.distance(rows, cols, device), self.dtype)
+        return bias if hidden is None else bias.masked_fill_(hidden, float("-inf"))
+
+
+def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """One softmax over both key sets; out (n, h, s, d), lse (n, h, s)."""
+    merged = torch.logaddexp(lse, other_lse)
+    weight, other_weight = (lse - merged).exp_()[..., None], (other_lse - merged).exp_()[..., None]
+    return (out * weight).addcmul_(other, other_weight), merged
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, band: Band, scale: float, slopes: Tensor | None
+) -> None:
+    """Fill out (n, sq, h, dv) and lse (n, h, sq) from q (n, sq, h, d), k (n, sk, hk, d), v (n, sk, hk, dv)."""
+    first, dim, dim_v = band.first_row, max(q.shape[-1], v.shape[-1]), v.shape[-1]
+    if first > 0:
+        out[:, :first] = 0.0
+        lse[..., :first] = float("inf")
+    if first == band.len_q:
+        return
+    q_heads, k_heads, v_heads = _operand(q[:, first:], dim), _operand(k, dim), _operand(v, dim)
+    factor, scale = _positive(scale)
+    if factor != 1.0:
+        q_heads = q_heads * factor
+    out_heads, lse = out[:, first:].transpose(1, 2), lse[..., first:]
+    if slopes is not None or band.left >= 0:
+        biases = _Biases(band, slopes, q.dtype)
+        for rows in row_blocks(first, band.len_q, block_rows(band, 1 if slopes is None else slopes.numel())):
+            cols = band.keys(rows)
+            here, seen = slice(rows.start - first, rows.stop - first), slice(cols.start, cols.stop)
+            block, block_lse = _forward(
+                q_heads[:, :, here], k_heads[:, :, seen], v_heads[:, :, seen], 0.0, False,
+                attn_mask=biases.of(rows, cols), scale=scale,
+            )  # fmt: skip
+            out_heads[:, :, here] = block[..., :dim_v]
+            lse[..., here] = block_lse
+        return
+    open_keys, has_triangle = pieces(band)
+    result = None
+    if open_keys > 0:
+        result = _forward(q_heads, k_heads[:, :, :open_keys], v_heads[:, :, :open_keys], 0.0, False, scale=scale)
+    if has_triangle:
+        triangle = _forward(q_heads, k_heads[:, :, open_keys:], v_heads[:, :, open_keys:], 0.0, True, scale=scale)
+        result = triangle if result is None else _merge(*result, *triangle)
+    out_heads.copy_(result[0][..., :dim_v])
+    lse.copy_(result[1])
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    band: Band,
+    scale: float,
+    slopes: Tensor | None,
+) -> None:
+    """Fill dq, dk and dv, laid out like q, k and v, from dout and out (n, sq, h, dv) and lse (n, h, sq)."""
+    first, dim = band.first_row, max(q.shape[-1], v.shape[-1])
+    if first > 0:
+        dq[:, :first] = 0.0
+    if first == band.len_q:
+        dk.zero_()
+        dv.zero_()
+        return
+    factor, scale = _positive(scale)
+    dout_heads, q_heads = (_operand(x[:, first:], dim) for x in (dout, q))
+    if factor != 1.0:
+        q_heads = q_heads * factor
+    tensors = dout_heads, q_heads, _operand(k, dim), _operand(v, dim)
+    out_heads, lse = _operand(out[:, first:], dim), lse[..., first:]
+    grads = dq[:, first:].transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+    if slopes is not None or band.left >= 0:
+        _backward_blocks(*tensors, out_heads, lse, grads, band, scale, slopes)
+    else:
+        _backward_pieces(*tensors, out_heads, lse, grads, pieces(band), scale)
+    if factor != 1.0:
+        dq *= factor
+
+
+def _write(target: Tensor, x: Tensor) -> None:
+    target.copy_(x[..., : target.shape[-1]])
+
+
+def _backward_pieces(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor], split: Pieces, scale: float,
+) -> None:  # fmt: skip
+    dq, dk, dv = grads
+    parts = [(slice(0, split.open_keys), False)] if split.open_keys > 0 else []
+    if split.has_triangle:
+        parts.append((slice(split.open_keys, k.shape[2]), True))
+    sum_dq = None
+    for seen, is_triangle in parts:
+        dq_part, dk_part, dv_part = _backward(
+            dout, q, k[:, :, seen], v[:, :, seen], out, lse, 0.0, is_triangle, scale=scale
+        )
+        sum_dq = dq_part if sum_dq is None else sum_dq.add_(dq_part)
+        _write(dk[:, :, seen], dk_part)
+        _write(dv[:, :, seen], dv_part)
+    _write(dq, sum_dq)
+
+
+def _backward_blocks(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor], band: Band, scale: float, slopes: Tensor | None,
+) -> None:  # fmt: skip
+    dq, dk, dv = grads
+    dtype, biases = accumulation_dtype(q.dtype), _Biases(band, slopes, q.dtype)
+    sum_dk, sum_dv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
+    for rows in row_blocks(band.first_row, band.len_q, block_rows(band, 1 if slopes is None else slopes.numel())):
+        cols = band.keys(rows)
+        here = slice(rows.start - band.first_row, rows.stop - band.first_row)
+        seen = slice(cols.start, cols.stop)
+        dq_block, dk_block, dv_block = _backward(
+            dout[:, :, here], q[:, :, here], k[:, :, seen], v[:, :, seen], out[:, :, here], lse[..., here], 0.0, False,
+            attn_mask=biases.of(rows, cols), scale=scale,
+        )  # fmt: skip
+        _write(dq[:, :, here], dq_block)
+        sum_dk[:, :, seen] += dk_block
+        sum_dv[:, :, seen] += dv_block
+    _write(dk, sum_dk)
+    _write(dv, sum_dv)
