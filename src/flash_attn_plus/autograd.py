@@ -10,7 +10,7 @@ from flash_attn_plus import ops
 Packing = Literal["q_k_v", "q_kv", "qkv"]
 
 
-def unpack(packing: Packing, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def unpack(packing: Packing, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """q, k and v as views; the packed dimension of qkv and kv is the third from the end."""
     if packing == "qkv":
         return tensors[0].unbind(-3)

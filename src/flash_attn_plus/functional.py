@@ -1,4 +1,4 @@
-"""The engine's public call: exact attention over (batch, seqlen, heads, head_dim) or packed (total, heads, head_dim)."""
+"""The engine's public call: exact attention of (batch, seqlen, heads, head_dim) or packed (total, heads, head_dim)."""
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ def attention(
     deterministic: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Exact attention in memory linear in the sequence length (Dao et al., FlashAttention, arXiv 2205.14135, 2307.08691).
+    """Exact attention in memory linear in the sequence length (Dao et al., arXiv 2205.14135 and 2307.08691).
 
     Args:
         q: (b, sq, h, d), or packed (total_q, h, d) with `cu_seqlens_q`; float16, bfloat16, float32 or float64.
@@ -121,12 +121,9 @@ def explain(
     if isinstance(q, AttentionProblem):
         return explain_problem(q)
     numbers = {"softcap": options.pop("softcap", 0.0), "dropout_p": options.pop("dropout_p", 0.0)}
-    lengths = {
-        f"max_seqlen_{s}": as_length(
-            f"max_seqlen_{s}", options.pop(f"max_seqlen_{s}", None), options.get(f"cu_seqlens_{s}")
-        )
-        for s in "qk"
-    }
+    max_seqlen_q, max_seqlen_k = (
+        as_length(f"max_seqlen_{s}", options.pop(f"max_seqlen_{s}", None), options.get(f"cu_seqlens_{s}")) for s in "qk"
+    )
     is_deterministic = options.pop("deterministic", False)
     options.pop("return_lse", None)
     scale = options.pop("softmax_scale", None)
@@ -134,6 +131,4 @@ def explain(
     inputs = ops.AttentionInputs(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, **numbers, **options)
     check_arguments(inputs)
     left, right = window_bounds(window_size, causal)
-    return explain_problem(
-        describe(inputs, *lengths.values(), left, right, is_backward=backward, is_deterministic=is_deterministic)
-    )
+    return explain_problem(describe(inputs, max_seqlen_q, max_seqlen_k, left, right, backward, is_deterministic))

@@ -26,7 +26,7 @@ _library.define(
 
 def rows_last(x: Tensor | None) -> Tensor | None:
     """x itself when its last stride is 1, else a contiguous copy (kernels read rows of adjacent elements)."""
-    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 and x.is_contiguous() else x.contiguous()
+    return x if x is None or x.stride(-1) == 1 or (x.shape[-1] == 1 and x.is_contiguous()) else x.contiguous()
 
 
 def _lse_shape(q: Tensor, is_varlen: bool) -> tuple[int, ...]:

@@ -157,7 +157,7 @@ def check_arguments(x: AttentionInputs) -> None:
             x.cu_seqlens_k is not None or x.seqused_k is not None,
             "a call with block_table needs cu_seqlens_k or seqused_k, which give the length of each sequence",
         )
-        expected_k = (k.shape[0], k.shape[1], heads_k, head_dim)
+        expected_k: tuple[int, ...] = (k.shape[0], k.shape[1], heads_k, head_dim)
     elif varlen_k:
         expected_k = (k.shape[0], heads_k, head_dim)
     else:

@@ -92,7 +92,7 @@ def _order(problem: AttentionProblem, prefers_flaggems: bool | None) -> tuple[st
 @lru_cache(maxsize=8192)
 def _choose(problem: AttentionProblem, forced: str | None, prefers_flaggems: bool | None) -> Backend:
     order = (forced,) if forced else _order(problem, prefers_flaggems)
-    refusals = {}
+    refusals: dict[str, list[str]] = {}
     for name in order:
         reasons = _reasons(name, problem)
         if not reasons:
