@@ -6,12 +6,6 @@ from flash_attn_plus.errors import InvalidArgument
 from flash_attn_plus.problem import MAX_HEAD_DIM
 
 
-def refuse(condition: bool, message: str) -> None:
-    """Raise InvalidArgument when the condition holds."""
-    if condition:
-        raise InvalidArgument(message)
-
-
 def check_rows(**tensors: Tensor | None) -> None:
     """All on the first one's device, with adjacent elements in the last dimension."""
     reference, first = next(iter(tensors.items()))
@@ -28,12 +22,13 @@ def check_rows(**tensors: Tensor | None) -> None:
 def check_head_dim(head_dim: int, is_backward: bool) -> None:
     """A multiple of 8, since only the public functions take any head dim."""
     if is_backward:
-        refuse(
-            head_dim > MAX_HEAD_DIM,
-            f"FlashAttention backward only supports head dimension at most 256 (here at most {MAX_HEAD_DIM});"
-            f" q has {head_dim}",
-        )
-        refuse(head_dim % 8 != 0, f"head_size should be a multiple of 8, not {head_dim}; pad q, k and v with zeros")
+        if head_dim > MAX_HEAD_DIM:
+            raise InvalidArgument(
+                f"FlashAttention backward only supports head dimension at most 256 (here at most {MAX_HEAD_DIM});"
+                f" q has {head_dim}"
+            )
+        if head_dim % 8 != 0:
+            raise InvalidArgument(f"head_size should be a multiple of 8, not {head_dim}; pad q, k and v with zeros")
     elif head_dim % 8 != 0 and head_dim <= MAX_HEAD_DIM:
         raise InvalidArgument(
             f"query, key and value must have a head_size that is a multiple of 8, not {head_dim};"
@@ -45,9 +40,8 @@ def deliver(result: Tensor, out: Tensor | None) -> Tensor:
     """The result in the caller's buffer when there is one."""
     if out is None:
         return result
-    refuse(
-        out.dtype != result.dtype,
-        f"query and out must have the same dtype: out has {out.dtype}, q has {result.dtype}",
-    )
-    refuse(out.shape != result.shape, f"out must have shape {tuple(result.shape)}, not {tuple(out.shape)}")
+    if out.dtype != result.dtype:
+        raise InvalidArgument(f"query and out must have the same dtype: out has {out.dtype}, q has {result.dtype}")
+    if out.shape != result.shape:
+        raise InvalidArgument(f"out must have shape {tuple(result.shape)}, not {tuple(out.shape)}")
     return out.copy_(result)

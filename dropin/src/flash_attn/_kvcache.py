@@ -3,61 +3,74 @@
 import torch
 from torch import Tensor
 
-from flash_attn._checks import check_rows, deliver, refuse
+from flash_attn._checks import check_rows, deliver
 from flash_attn_plus import env, ops
+from flash_attn_plus.errors import InvalidArgument
 from flash_attn_plus.problem import AttentionInputs, check_arguments
 
 
 def _check_cache(q, k_cache, v_cache, cache_seqlens, cache_batch_idx, leftpad_k, block_table, num_splits) -> None:
     check_rows(q=q, k_cache=k_cache, v_cache=v_cache)
-    refuse(num_splits > 128, f"num_splits > 128 not supported; {num_splits} was passed")
+    if num_splits > 128:
+        raise InvalidArgument(f"num_splits > 128 not supported; {num_splits} was passed")
     if block_table is not None:
-        refuse(cache_batch_idx is not None, "Paged KVcache does not support cache_batch_idx; index block_table instead")
-        refuse(leftpad_k is not None, "Paged KV and leftpad_k are not supported together; drop one")
+        if cache_batch_idx is not None:
+            raise InvalidArgument("Paged KVcache does not support cache_batch_idx; index block_table instead")
+        if leftpad_k is not None:
+            raise InvalidArgument("Paged KV and leftpad_k are not supported together; drop one")
     indices = {"cache_seqlens": cache_seqlens, "cache_batch_idx": cache_batch_idx, "cache_leftpad": leftpad_k}
     for name, x in indices.items():
         if x is not None:
-            refuse(x.dtype != torch.int32, f"{name} must have dtype int32, not {x.dtype}")
-            refuse(x.device != q.device, f"{name} must be on {q.device} like q, but is on {x.device}")
-            refuse(x.shape != (q.shape[0],), f"{name} must have shape ({q.shape[0]},), not {tuple(x.shape)}")
-            refuse(not x.is_contiguous(), f"{name} must be contiguous; call .contiguous() on it")
+            if x.dtype != torch.int32:
+                raise InvalidArgument(f"{name} must have dtype int32, not {x.dtype}")
+            if x.device != q.device:
+                raise InvalidArgument(f"{name} must be on {q.device} like q, but is on {x.device}")
+            if x.shape != (q.shape[0],):
+                raise InvalidArgument(f"{name} must have shape ({q.shape[0]},), not {tuple(x.shape)}")
+            if not x.is_contiguous():
+                raise InvalidArgument(f"{name} must be contiguous; call .contiguous() on it")
 
 
 def _check_append(q, k_cache, v_cache, k, v, cache_seqlens, capacity: int) -> None:
-    refuse(v is None, "If key is supplied, value must also be passed in")
-    refuse(cache_seqlens is None, "If key is supplied, seqlens_k must also be passed in (cache_seqlens)")
-    refuse(
-        q.shape[1] > capacity,
-        f"If key is supplied, it must have seqlen <= the seqlen of the KV cache; q has {q.shape[1]} rows, the cache"
-        f" holds {capacity}",
-    )
+    if v is None:
+        raise InvalidArgument("If key is supplied, value must also be passed in")
+    if cache_seqlens is None:
+        raise InvalidArgument("If key is supplied, seqlens_k must also be passed in (cache_seqlens)")
+    if q.shape[1] > capacity:
+        raise InvalidArgument(
+            f"If key is supplied, it must have seqlen <= the seqlen of the KV cache; q has {q.shape[1]} rows, the cache"
+            f" holds {capacity}"
+        )
     check_rows(q=q, k=k, v=v)
     for name, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
-        refuse(
-            new.dtype != q.dtype,
-            f"query and {name} must have the same dtype: {name} has {new.dtype}, q has {q.dtype}",
-        )
+        if new.dtype != q.dtype:
+            raise InvalidArgument(f"query and {name} must have the same dtype: {name} has {new.dtype}, q has {q.dtype}")
         expected = (q.shape[0], k.shape[1], *cache.shape[-2:])
-        refuse(new.shape != expected, f"{name} must have shape {expected}, not {tuple(new.shape)}")
+        if new.shape != expected:
+            raise InvalidArgument(f"{name} must have shape {expected}, not {tuple(new.shape)}")
 
 
 def _check_rotary(q, k, rotary_cos, rotary_sin, capacity: int) -> None:
-    refuse(
-        k is None,
-        "If rotary cos/sin are provided, new key / value to be appended to KV cache must also be provided",
-    )
-    refuse(rotary_sin is None, "If rotary cos is provided, rotary sin must also be provided")
+    if k is None:
+        raise InvalidArgument(
+            "If rotary cos/sin are provided, new key / value to be appended to KV cache must also be provided"
+        )
     rotary_dim = 2 * rotary_cos.shape[-1]
-    refuse(rotary_dim > q.shape[-1], f"rotary_dim must be <= headdim; it is {rotary_dim}, headdim is {q.shape[-1]}")
-    refuse(rotary_dim % 16 != 0, f"Only rotary dimensions divisible by 16 are currently supported, not {rotary_dim}")
-    refuse(
-        rotary_cos.shape[0] < capacity,
-        f"cos/sin seqlen must be at least the seqlen of KV cache: {rotary_cos.shape[0]} < {capacity}",
-    )
+    if rotary_dim > q.shape[-1]:
+        raise InvalidArgument(f"rotary_dim must be <= headdim; it is {rotary_dim}, headdim is {q.shape[-1]}")
+    if rotary_dim % 16 != 0:
+        raise InvalidArgument(f"Only rotary dimensions divisible by 16 are currently supported, not {rotary_dim}")
+    if rotary_cos.shape[0] < capacity:
+        raise InvalidArgument(
+            f"cos/sin seqlen must be at least the seqlen of KV cache: {rotary_cos.shape[0]} < {capacity}"
+        )
     for name, x in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):
-        refuse(x.dtype != q.dtype, f"{name} must have the same dtype as query: {x.dtype}, not {q.dtype}")
-        refuse(x.shape != rotary_cos.shape, f"{name} must have shape {tuple(rotary_cos.shape)}, not {tuple(x.shape)}")
-        refuse(x.device != q.device, f"{name} must be on {q.device} like q, but is on {x.device}")
+        if x.dtype != q.dtype:
+            raise InvalidArgument(f"{name} must have the same dtype as query: {x.dtype}, not {q.dtype}")
+        if x.shape != rotary_cos.shape:
+            raise InvalidArgument(f"{name} must have shape {tuple(rotary_cos.shape)}, not {tuple(x.shape)}")
+        if x.device != q.device:
+            raise InvalidArgument(f"{name} must be on {q.device} like q, but is on {x.device}")
 
 
 def _check_capacity(cache_seqlens: Tensor, new: int, capacity: int, is_paged: bool) -> None:
@@ -66,7 +79,8 @@ def _check_capacity(cache_seqlens: Tensor, new: int, capacity: int, is_paged: bo
         return
     needed = int(cache_seqlens.max()) + new
     what = "block_table has pages" if is_paged else "k_cache has room"
-    refuse(needed > capacity, f"{what} for {capacity} keys a sequence, but the appended keys need {needed}")
+    if needed > capacity:
+        raise InvalidArgument(f"{what} for {capacity} keys a sequence, but the appended keys need {needed}")
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, is_interleaved: bool) -> Tensor:
@@ -95,19 +109,23 @@ def _slots(positions: Tensor, page_size: int, cache_batch_idx, block_table) -> t
 
 def fwd_kvcache(
     q, k_cache, v_cache, k, v, cache_seqlens, rotary_cos, rotary_sin, cache_batch_idx, leftpad_k, block_table,
-    alibi_slopes, out, softmax_scale, is_causal, window_size_left, window_size_right, softcap, rotary_interleaved,
+    alibi_slopes, out, softmax_scale, is_causal, window_left, window_right, softcap, rotary_interleaved,
     num_splits,
 ):  # fmt: skip
     """(out, softmax_lse) of q (b, sq, h, d) over the caches, into which k and v, when given, are written first.
 
     `num_splits` is a hint that does not change the result.
     """
-    right = 0 if is_causal else window_size_right
+    right = 0 if is_causal else window_right
     is_paged = block_table is not None
     capacity = k_cache.shape[1] * (block_table.shape[1] if is_paged else 1)
     _check_cache(q, k_cache, v_cache, cache_seqlens, cache_batch_idx, leftpad_k, block_table, num_splits)
     if k is not None:
         _check_append(q, k_cache, v_cache, k, v, cache_seqlens, capacity)
+    elif v is not None:
+        raise InvalidArgument("If value is supplied, key must also be passed in")
+    if (rotary_cos is None) != (rotary_sin is None):
+        raise InvalidArgument("If rotary cos is provided, rotary sin must also be provided, and the other way round")
     if rotary_cos is not None:
         _check_rotary(q, k, rotary_cos, rotary_sin, capacity)
     batch, new = q.shape[0], 0 if k is None else k.shape[1]
@@ -126,7 +144,7 @@ def fwd_kvcache(
             positions = cache_seqlens[:, None] + torch.arange(new, device=q.device)
             if rotary_cos is not None:
                 k = rotate(k, rotary_cos, rotary_sin, positions, rotary_interleaved)
-                is_banded = 0 <= window_size_left < capacity or 0 <= right < capacity
+                is_banded = 0 <= window_left < capacity or 0 <= right < capacity
                 steps = torch.arange(q.shape[1] if is_banded else 1, device=q.device)
                 q = rotate(q, rotary_cos, rotary_sin, cache_seqlens[:, None] + steps, rotary_interleaved)
             slots = _slots(positions, k_cache.shape[1], cache_batch_idx, block_table)
@@ -136,6 +154,6 @@ def fwd_kvcache(
             table = None
         result, lse = ops.forward(
             q, keys, values, None, None, 0, 0, lengths, leftpad_k, table,
-            alibi_slopes, None, 0.0, softmax_scale, window_size_left, right, softcap,
+            alibi_slopes, None, 0.0, softmax_scale, window_left, right, softcap,
         )  # fmt: skip
         return deliver(result, out), lse

@@ -132,7 +132,7 @@ def softmax_dump(
         scores = (queries @ keys).flatten(1, 2) * softmax_scale
         inside, distance = _visible(rows, cols, len_q, len_k, window_size_left, window_size_right)
         if alibi_slopes is not None:
-            scores -= alibi_slopes.expand(batch, heads)[..., None, None] * distance.abs()
+            scores -= alibi_slopes.to(precise).expand(batch, heads)[..., None, None] * distance.abs()
         weights = _scaled_weights(scores.masked_fill_(~inside, float("-inf")), width)
         is_kept = keep_mask(rng_state, batch_heads, range(start, stop), range(max_seqlen_k), dropout_p)
         # A dropped weight that rounds to zero keeps its sign, which readers test with `>= 0`.
