@@ -1,5 +1,6 @@
 """Run the comparison, print it, plot it and let the trained model write."""
 
+import importlib.util
 import os
 import sys
 import time
@@ -9,9 +10,9 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler, w
 
 import torch
 
-from demo import plot, text
+from demo import text
 from demo.attention import CONTENDERS
-from demo.memory import attention_peak, can_measure
+from demo.memory import Peaks, attention_peak, can_measure
 from demo.model import Size, generate
 from demo.train import Learner, Plan, train
 
@@ -38,27 +39,29 @@ def make_plan(device: torch.device) -> Plan:
     return Plan(device, dtype, size, batch=16, steps=300, learning_rate=1e-3, seed=1)
 
 
-def measure_memory(plan: Plan) -> tuple[dict[str, dict[int, int]], torch.device]:
+def measure_memory(plan: Plan) -> tuple[dict[str, Peaks], torch.device]:
     """Peak bytes of each attention at growing lengths for one sequence, and the device they were measured on."""
     device = plan.device if can_measure(plan.device) else torch.device("cpu")
     lengths = [256, 512, 1024, 2048, 4096] if device.type == "cpu" else [1024, 2048, 4096, 8192, 16384]
     dtype = plan.dtype if device == plan.device else torch.float32
+    shape = (plan.size.heads, plan.size.head_dim)
     peaks = {
-        name: {n: attention_peak(attention, device, dtype, 1, n, plan.size.heads, plan.size.head_dim) for n in lengths}
+        name: {length: attention_peak(attention, device, dtype, length, *shape) for length in lengths}
         for name, attention in CONTENDERS.items()
     }
     return peaks, device
 
 
-def print_comparison(runs: dict[str, Learner], memory: dict[str, dict[int, int]]) -> None:
+def print_comparison(runs: dict[str, Learner], memory: dict[str, Peaks]) -> None:
     """Loss, speed and memory of both, one line each."""
     lengths = list(next(iter(memory.values())))
-    columns = [f"memory at {n}" for n in (lengths[0], lengths[-1])]
-    print(f"\n{'attention':<12}{'final loss':>12}{'tokens/s':>12}{columns[0]:>18}{columns[1]:>18}")
+    ends = (lengths[0], lengths[-1])
+    print(f"\n{'attention':<12}{'final loss':>12}{'tokens/s':>12}", *(f"{f'memory at {n}':>18}" for n in ends), sep="")
     for name, run in runs.items():
-        cells = [f"{memory[name][n] / 1e6:,.1f} MB" for n in (lengths[0], lengths[-1])]
-        speed = f"{run.tokens_per_second:,.0f}"
-        print(f"{name:<12}{run.final_loss:>12.4f}{speed:>12}{cells[0]:>18}{cells[1]:>18}")
+        peaks = [memory[name][n] for n in ends]
+        cells = ["out of memory" if peak is None else f"{peak / 1e6:,.1f} MB" for peak in peaks]
+        print(f"{name:<12}{run.final_loss:>12.4f}{run.tokens_per_second:>12,.0f}", *(f"{c:>18}" for c in cells), sep="")
+    print("(memory: peak of one attention call, forward and backward, beyond its inputs)")
 
 
 def losses_agree(runs: dict[str, Learner], dtype: torch.dtype) -> bool:
@@ -86,6 +89,18 @@ def describe(plan: Plan) -> str:
     )
 
 
+def draw(plan: Plan, runs: dict[str, Learner], memory: dict[str, Peaks], memory_device: torch.device) -> None:
+    """Save the plot, or say what it needs."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed (pip install matplotlib)")
+        return
+    from demo import plot
+
+    shape = f"1 sequence, {plan.size.heads} heads of {plan.size.head_dim}, causal, on {memory_device.type}"
+    plot.save(PICTURE, {name: run.losses for name, run in runs.items()}, memory, describe(plan), shape)
+    print(f"plot: {PICTURE}")
+
+
 def main() -> int:
     """Exit status: 0 when both losses agree."""
     started = time.perf_counter()
@@ -96,10 +111,10 @@ def main() -> int:
     memory, memory_device = measure_memory(plan)
     print_comparison(runs, memory)
     agreed = losses_agree(runs, plan.dtype)
-    shape = f"1 sequence, {plan.size.heads} heads of {plan.size.head_dim}, causal, on {memory_device.type}"
-    plot.save(PICTURE, {name: run.losses for name, run in runs.items()}, memory, describe(plan), shape)
-    print(f"plot: {PICTURE}\n\nThe model trained on flash_attn continues 'def ':\n")
-    print(generate(runs["flash_attn"].model, b"def ", 300, plan.size.seqlen, temperature=0.6, seed=plan.seed))
+    draw(plan, runs, memory, memory_device)
+    print("\nThe model trained on flash_attn continues 'def ':\n")
+    with plan.autocast():
+        print(generate(runs["flash_attn"].model, b"def ", 300, plan.size.seqlen, temperature=0.7, seed=plan.seed))
     print(f"\n{time.perf_counter() - started:.0f} s in all")
     return 0 if agreed else 1
 

@@ -7,6 +7,8 @@ from torch.autograd.profiler import profile
 
 from demo.attention import Attention
 
+Peaks = dict[int, int | None]  # sequence length -> bytes, None where the device's memory did not suffice
+
 
 def _peak_on_cpu(run: Callable[[], None]) -> int:
     """Highest sum of live bytes over the allocator's own record of every allocation and release, inside ops too."""
@@ -29,11 +31,10 @@ def _peak_on_gpu(run: Callable[[], None], memory) -> int:
 
 
 def attention_peak(
-    attention: Attention, device: torch.device, dtype: torch.dtype, batch: int, seqlen: int, heads: int, head_dim: int
-) -> int:
-    """Bytes that one forward and backward pass holds at its peak, beyond q, k, v and the incoming gradient."""
-    shape = (batch, seqlen, heads, head_dim)
-    q, k, v, dout = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
+    attention: Attention, device: torch.device, dtype: torch.dtype, seqlen: int, heads: int, head_dim: int
+) -> int | None:
+    """Bytes that one forward and backward pass over one sequence holds at its peak, beyond q, k, v and dout."""
+    q, k, v, dout = (torch.randn(1, seqlen, heads, head_dim, device=device, dtype=dtype) for _ in range(4))
     leaves = [x.requires_grad_() for x in (q, k, v)]
 
     def run() -> None:
@@ -41,7 +42,10 @@ def attention_peak(
 
     if device.type == "cpu":
         return _peak_on_cpu(run)
-    return _peak_on_gpu(run, getattr(torch, device.type))
+    try:
+        return _peak_on_gpu(run, getattr(torch, device.type))
+    except torch.OutOfMemoryError:
+        return None
 
 
 def can_measure(device: torch.device) -> bool:

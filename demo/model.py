@@ -43,6 +43,7 @@ class Block(nn.Module):
         super().__init__()
         self.heads, self.attention = size.heads, attention
         self.norm1, self.norm2 = nn.LayerNorm(size.width), nn.LayerNorm(size.width)
+        self.norm_q, self.norm_k = nn.RMSNorm(size.head_dim), nn.RMSNorm(size.head_dim)  # bounds the scores
         self.qkv = nn.Linear(size.width, 3 * size.width, bias=False)
         self.out = nn.Linear(size.width, size.width, bias=False)
         self.up = nn.Linear(size.width, 4 * size.width)
@@ -51,7 +52,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x and the result are (batch, seqlen, width)."""
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        x = x + self.out(self.attention(rotate(q), rotate(k), v).flatten(-2))
+        q, k = rotate(self.norm_q(q)).to(v.dtype), rotate(self.norm_k(k)).to(v.dtype)
+        x = x + self.out(self.attention(q, k, v).flatten(-2))
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
 
@@ -63,7 +65,7 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(VOCABULARY, size.width)
         self.blocks = nn.Sequential(*(Block(size, attention) for _ in range(size.layers)))
         self.norm = nn.LayerNorm(size.width)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.embedding.weight, std=0.1)
         for block in self.blocks:
             for projection in (block.out, block.down):  # so that the residual sum keeps its size at any depth
                 nn.init.normal_(projection.weight, std=0.02 / (2 * size.layers) ** 0.5)

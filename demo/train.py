@@ -24,6 +24,10 @@ class Plan:
     learning_rate: float
     seed: int
 
+    def autocast(self) -> torch.autocast:
+        """The context in which the model computes."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
 
 class Learner:
     """One model with its optimizer and what is known of its run so far."""
@@ -43,7 +47,7 @@ class Learner:
         plan, started = self.plan, time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = _rate(plan, len(self.losses))
-        with torch.autocast(plan.device.type, plan.dtype, enabled=plan.dtype != torch.float32):
+        with plan.autocast():
             logits = self.model(window[:, :-1])
         loss = F.cross_entropy(logits.float().flatten(0, 1), window[:, 1:].flatten())
         self.optimizer.zero_grad(set_to_none=True)
