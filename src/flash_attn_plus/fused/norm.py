@@ -1,0 +1,170 @@
+"""Layer norm and RMS norm with residual, second branch, row scale and dropout in one pass, differentiable."""
+
+import torch
+from torch import Tensor
+
+from flash_attn_plus.errors import InvalidArgument
+from flash_attn_plus.fused import norm_launch, norm_torch
+from flash_attn_plus.fused.path import uses_triton
+
+MAX_ROW_BYTES = 65536  # a row lives in the registers of one program
+
+FORWARD_SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? x1, Tensor? weight1, Tensor? bias1,"
+    " Tensor? rowscale, Tensor? seeds, float eps, float dropout_p, bool zero_centered_weight, bool is_rms_norm,"
+    " Tensor(a!) y, Tensor(b!)? y1, Tensor(c!)? t, Tensor(d!)? mean, Tensor(e!) rstd,"
+    " Tensor(f!)? mask, Tensor(g!)? mask1) -> ()"
+)
+BACKWARD_SCHEMA = (
+    "(Tensor dy, Tensor t, Tensor weight, Tensor? bias, Tensor? dy1, Tensor? weight1, Tensor? dt, Tensor? rowscale,"
+    " Tensor? seeds, Tensor? mean, Tensor rstd, float dropout_p, bool zero_centered_weight, bool is_rms_norm,"
+    " Tensor(a!) dx, Tensor(b!)? dx1, Tensor(c!)? dresidual, Tensor(d!)? y, Tensor(e!) dweight, Tensor(f!)? dbias,"
+    " Tensor(g!)? dweight1, Tensor(h!)? dbias1) -> ()"
+)
+
+
+def forward_into(x: Tensor, *rest) -> None:
+    """The forward operator: fill the outputs by the Triton kernel or by PyTorch."""
+    if x.numel() > 0:
+        (norm_launch if uses_triton(x) else norm_torch).norm_forward(x, *rest)
+
+
+def backward_into(dy: Tensor, t: Tensor, *rest) -> None:
+    """The backward operator: fill the gradients by the Triton kernel or by PyTorch."""
+    if t.numel() > 0:
+        (norm_launch if uses_triton(t) else norm_torch).norm_backward(dy, t, *rest)
+        return
+    for gradient in rest[-4:]:
+        if gradient is not None:
+            gradient.zero_()
+
+
+_library = torch.library.Library("flash_attn_plus", "FRAGMENT")
+_library.define(f"norm_forward{FORWARD_SCHEMA}")
+_library.define(f"norm_backward{BACKWARD_SCHEMA}")
+_library.impl("norm_forward", forward_into, "CompositeExplicitAutograd")
+_library.impl("norm_backward", backward_into, "CompositeExplicitAutograd")
+torch.library.register_fake("flash_attn_plus::norm_forward", lambda *_: None, lib=_library)
+torch.library.register_fake("flash_attn_plus::norm_backward", lambda *_: None, lib=_library)
+
+
+def rows_of(x: Tensor | None, cols: int) -> Tensor | None:
+    """x as (rows, cols) with adjacent elements, a view where its strides allow."""
+    if x is None:
+        return None
+    x = x.reshape(-1, cols)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def draw_seeds(rows: int, branches: int, device: torch.device) -> Tensor:
+    """One int64 seed a row and branch from torch's generator of the device; reseeding it reproduces the dropout."""
+    return torch.randint(0, 2**62, (rows * branches,), dtype=torch.int64, device=device)
+
+
+def _check(x: Tensor, weight: Tensor, dropout_p: float) -> None:
+    if x.shape[-1] * x.element_size() > MAX_ROW_BYTES:
+        raise InvalidArgument(
+            f"This norm doesn't support feature dim >= 64KB: x has {x.shape[-1]} features of {x.element_size()} bytes;"
+            " use torch.nn.functional.layer_norm or rms_norm"
+        )
+    if weight.shape != (x.shape[-1],):
+        raise InvalidArgument(f"weight must have shape ({x.shape[-1]},), not {tuple(weight.shape)}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise InvalidArgument(f"dropout_p must be in [0, 1), not {dropout_p}; pass a probability below 1")
+
+
+def norm_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    x1: Tensor | None = None,
+    weight1: Tensor | None = None,
+    bias1: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rowscale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    residual_dtype: torch.dtype | None = None,
+    zero_centered_weight: bool = False,
+    is_rms_norm: bool = False,
+    return_dropout_mask: bool = False,
+    out: Tensor | None = None,
+    residual_out: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Not differentiable; x is (rows, cols) with adjacent elements, as are the other tensors of its shape.
+
+    Returns:
+        (y, y1, mean, rstd, t, seeds, mask, mask1); t is x itself when nothing changes x; mean is None for RMS norm.
+    """
+    _check(x, weight, dropout_p)
+    rows, device = x.shape[0], x.device
+    statistics_dtype = norm_torch.accumulation_dtype(x.dtype)
+    if residual is not None:
+        residual_dtype = residual.dtype
+    y = torch.empty_like(x, dtype=out_dtype or x.dtype) if out is None else out
+    y1 = None if weight1 is None else torch.empty_like(y)
+    is_changed = (
+        residual is not None or x1 is not None or rowscale is not None or dropout_p > 0.0
+        or (residual_dtype is not None and residual_dtype != x.dtype) or residual_out is not None
+    )  # fmt: skip
+    t = residual_out
+    if is_changed and t is None:
+        t = torch.empty_like(x, dtype=residual_dtype or x.dtype)
+    mean = None if is_rms_norm else torch.empty(rows, dtype=statistics_dtype, device=device)
+    rstd = torch.empty(rows, dtype=statistics_dtype, device=device)
+    seeds = draw_seeds(rows, 1 if x1 is None else 2, device) if dropout_p > 0.0 else None
+    has_mask = return_dropout_mask and dropout_p > 0.0
+    mask = torch.empty(x.shape, dtype=torch.bool, device=device) if has_mask else None
+    mask1 = torch.empty(x.shape, dtype=torch.bool, device=device) if has_mask and x1 is not None else None
+    torch.ops.flash_attn_plus.norm_forward(
+        x, weight, bias, residual, x1, weight1, bias1, rowscale, seeds, eps, dropout_p, zero_centered_weight,
+        is_rms_norm, y, y1, t, mean, rstd, mask, mask1,
+    )  # fmt: skip
+    return y, y1, mean, rstd, x if t is None else t, seeds, mask, mask1
+
+
+def norm_backward(
+    dy: Tensor,
+    t: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    dt: Tensor | None = None,
+    dy1: Tensor | None = None,
+    weight1: Tensor | None = None,
+    bias1: Tensor | None = None,
+    seeds: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rowscale: Tensor | None = None,
+    has_residual: bool = False,
+    has_x1: bool = False,
+    zero_centered_weight: bool = False,
+    is_rms_norm: bool = False,
+    x_dtype: torch.dtype | None = None,
+    recompute_output: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `norm_forward`; all (rows, cols) with adjacent elements.
+
+    Returns:
+        (dx, dweight, dbias, dresidual, dx1, dweight1, dbias1, y); what was not asked for is None.
+    """
+    x_dtype = x_dtype or t.dtype
+    dx = torch.empty_like(t, dtype=x_dtype)
+    is_plain = dropout_p == 0.0 and rowscale is None  # then every branch receives the same gradient
+    dresidual = torch.empty_like(t) if has_residual and not (is_plain and x_dtype == t.dtype) else None
+    dx1 = torch.empty_like(dx) if has_x1 and dropout_p > 0.0 else None
+    y = torch.empty_like(t, dtype=dy.dtype) if recompute_output else None
+    dweight, dbias, dweight1, dbias1 = (
+        None if p is None else torch.empty_like(p) for p in (weight, bias, weight1, bias1)
+    )
+    torch.ops.flash_attn_plus.norm_backward(
+        dy, t, weight, bias, dy1, weight1, dt, rowscale, seeds, mean, rstd, dropout_p, zero_centered_weight,
+        is_rms_norm, dx, dx1, dresidual, y, dweight, dbias, dweight1, dbias1,
+    )  # fmt: skip
+    if has_residual and dresidual is None:
+        dresidual = dx
+    if has_x1 and dx1 is None:
+        dx1 = dx
+    return dx, dweight, dbias, dresidual, dx1, dweight1, dbias1, y

@@ -1,0 +1,87 @@
+"""Arguments and grids of the norm kernels."""
+
+import torch
+from torch import Tensor
+
+from flash_attn_plus.device import probe
+from flash_attn_plus.dropout import keep_threshold
+from flash_attn_plus.fused import launch
+from flash_attn_plus.fused.path import on_device
+
+
+def _row_strides(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(0 if x is None else x.stride(0) for x in tensors)
+
+
+def _partials(grad: Tensor | None, count: int) -> Tensor | None:
+    """Float32 (count, cols) to hold one partial sum a program."""
+    return None if grad is None else torch.empty((count, grad.shape[0]), dtype=torch.float32, device=grad.device)
+
+
+def norm_forward(
+    x, weight, bias, residual, x1, weight1, bias1, rowscale, seeds, eps, dropout_p, zero_centered_weight, is_rms_norm,
+    y, y1, t, mean, rstd, mask, mask1,
+) -> None:  # fmt: skip
+    """One program a block of rows."""
+    from flash_attn_plus.kernels.triton.norm import NormFlags, norm_forward_kernel
+
+    rows, cols = x.shape
+    config = launch.norm_forward(cols, probe(x.device))
+    with on_device(x):
+        norm_forward_kernel[(-(-rows // config.block_rows),)](
+            x, residual, x1, rowscale, seeds, weight, bias, weight1, bias1, y, y1, t, mean, rstd, mask, mask1,
+            *_row_strides(x, residual, x1, y, y1, t),
+            rows, eps, keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
+            cols, NormFlags(is_rms_norm, zero_centered_weight), config.block_rows, config.block_cols,
+            num_warps=config.num_warps,
+        )  # fmt: skip
+
+
+def norm_backward(
+    dy, t, weight, bias, dy1, weight1, dt, rowscale, seeds, mean, rstd, dropout_p, zero_centered_weight, is_rms_norm,
+    dx, dx1, dresidual, y, dweight, dbias, dweight1, dbias1,
+) -> None:  # fmt: skip
+    """Each program walks over its share of the rows and leaves one partial sum of each weight gradient."""
+    from flash_attn_plus.kernels.triton.norm import NormFlags, norm_backward_kernel
+
+    rows, cols = t.shape
+    facts = probe(t.device)
+    row_tensors = 2 + (dy1 is not None) + (dt is not None)
+    config = launch.norm_backward(cols, t.element_size(), row_tensors, facts)
+    programs = launch.norm_backward_programs(rows, config, facts)
+    gradients = (dweight, dbias, dweight1, dbias1)
+    is_kept = launch.norm_backward_fused_sums(
+        config.block_cols, t.element_size(), tuple(g is not None for g in gradients)
+    )
+    sums = [_partials(g if kept else None, programs) for g, kept in zip(gradients, is_kept, strict=True)]
+    with on_device(t):
+        norm_backward_kernel[(programs,)](
+            t, dy, dy1, dt, rowscale, seeds, weight, bias, weight1, mean, rstd, dx, dx1, dresidual, y, *sums,
+            *_row_strides(t, dy, dy1, dt, dx, dx1, dresidual, y),
+            rows, keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
+            cols, NormFlags(is_rms_norm, zero_centered_weight), config.block_rows, config.block_cols,
+            config.num_stages, launch.REREAD_ABOVE, num_warps=config.num_warps,
+        )  # fmt: skip
+        for gradient, partial in zip(gradients, sums, strict=True):
+            if partial is not None:
+                gradient.copy_(partial.sum(0))
+        left = [None if kept else g for g, kept in zip(gradients, is_kept, strict=True)]
+        _column_sums(t, dy, mean, rstd, left[0], left[1], facts.processors)
+        _column_sums(t, dy1, mean, rstd, left[2], left[3], facts.processors)
+
+
+def _column_sums(t, dy, mean, rstd, dweight: Tensor | None, dbias: Tensor | None, processors: int) -> None:
+    """The weight gradients that the row kernel had no registers for."""
+    if dweight is None and dbias is None:
+        return
+    from flash_attn_plus.kernels.triton.norm import norm_column_sums_kernel
+
+    rows, cols = t.shape
+    block_rows, block_cols, chunks = launch.column_sums(rows, cols, processors)
+    sums = [_partials(g, chunks) for g in (dweight, dbias)]
+    norm_column_sums_kernel[(-(-cols // block_cols), chunks)](
+        t, dy, mean, rstd, *sums, t.stride(0), dy.stride(0), rows, cols, block_rows, block_cols, num_warps=4
+    )
+    for gradient, partial in zip((dweight, dbias), sums, strict=True):
+        if gradient is not None:
+            gradient.copy_(partial.sum(0))
