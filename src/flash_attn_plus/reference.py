@@ -1,7 +1,8 @@
 """The oracle: attention written out naively in plain PyTorch, differentiable by autograd.
 
-In float64 it is the truth that results are measured against; in the inputs' dtype it is the plain PyTorch
-whose error sets the scale of what is allowed. It takes memory quadratic in the sequence length.
+In float64 it is the truth that results are measured against; in the inputs' dtype, and with its gradients from the
+two-pass formula, it is the plain PyTorch whose error sets the scale of what is allowed.
+It takes memory quadratic in the sequence length.
 """
 
 import math
@@ -39,6 +40,35 @@ def visible(len_q: int, len_k: int, left: int, right: int, device: torch.device)
     return inside
 
 
+class TwoPass(torch.autograd.Function):
+    """softmax(scores) @ v whose gradient is the formula of every FlashAttention, from the stored out and LSE.
+
+    weights = exp(again - lse), delta = rowsum(dout * out) - dlse, dscores = weights * (dout v^T - delta), where `again`
+    are the scores computed anew. Every product is in the dtype of scores; LSE and delta are float32 (float64 for
+    float64), as the contract stores them. `factor` (0 or 1 / (1 - p), or None) multiplies the weights.
+    """
+
+    @staticmethod
+    def forward(ctx, scores: Tensor, again: Tensor, v: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+        statistics = torch.float64 if scores.dtype == torch.float64 else torch.float32
+        lse = scores.to(statistics).logsumexp(-1)
+        weights = scores.softmax(-1)
+        out = (weights if factor is None else weights * factor) @ v
+        ctx.save_for_backward(again, v, factor, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout: Tensor, dlse: Tensor) -> tuple[Tensor, None, Tensor, None]:
+        again, v, factor, out, lse = ctx.saved_tensors
+        weights = (again.to(lse.dtype) - lse[..., None]).exp().to(v.dtype)
+        dweights = dout @ v.transpose(-1, -2)
+        kept = weights
+        if factor is not None:
+            dweights, kept = dweights * factor, weights * factor
+        delta = (dout.to(lse.dtype) * out).sum(-1, keepdim=True) - dlse[..., None]
+        return (weights * (dweights - delta)).to(v.dtype), None, kept.transpose(-1, -2) @ dout, None
+
+
 def sequence_reference(
     q: Tensor,
     k: Tensor,
@@ -51,6 +81,7 @@ def sequence_reference(
     slopes: Tensor | None,
     keep: Tensor | None,
     dropout_p: float,
+    is_two_pass: bool,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one sequence in the dtype of its inputs.
 
@@ -59,21 +90,31 @@ def sequence_reference(
     """
     len_q, len_k = q.shape[1], k.shape[1]
     if len_k == 0:  # zeros and infinities that autograd still traces to the inputs
-        return q @ k.transpose(1, 2) @ v, (q * 0.0).sum(-1) + float("inf")
-    scores = q @ k.transpose(1, 2) * softmax_scale
-    if softcap > 0.0:
-        scores = softcap * torch.tanh(scores / softcap)
-    if slopes is not None:
-        rows = torch.arange(len_q, device=q.device)[:, None] + len_k - len_q
-        distance = (rows - torch.arange(len_k, device=q.device)).abs()
-        scores = scores - (slopes.double()[:, None, None] * distance).to(q.dtype)
+        lse = (q * 0.0).sum(-1) + float("inf")
+        return q @ k.transpose(1, 2) @ v, lse.float() if is_two_pass and q.dtype != torch.float64 else lse
     inside = visible(len_q, len_k, left, right, q.device)
     has_key = inside.any(-1)
-    scores = scores.masked_fill(~inside, float("-inf")).masked_fill(~has_key[:, None], 0.0)
-    weights = scores.softmax(-1) * has_key[:, None]
-    if keep is not None:
-        weights = weights * keep / (1.0 - dropout_p)
-    return weights @ v, scores.logsumexp(-1).masked_fill(~has_key, float("inf"))
+
+    def score(q: Tensor, k: Tensor) -> Tensor:
+        scores = q @ k.transpose(1, 2) * softmax_scale
+        if softcap > 0.0:
+            scores = softcap * torch.tanh(scores / softcap)
+        if slopes is not None:
+            rows = torch.arange(len_q, device=q.device)[:, None] + len_k - len_q
+            distance = (rows - torch.arange(len_k, device=q.device)).abs()
+            scores = scores - (slopes.double()[:, None, None] * distance).to(q.dtype)
+        return scores.masked_fill(~inside, float("-inf")).masked_fill(~has_key[:, None], 0.0)
+
+    scores = score(q, k)
+    factor = None if keep is None else keep.to(q.dtype) / (1.0 - dropout_p)
+    if is_two_pass:
+        # The second pass sums in another order than the first, as kernels with other tiles do.
+        again = score(q.detach().flip(-1), k.detach().flip(-1))
+        out, lse = TwoPass.apply(scores, again, v, factor)
+    else:
+        weights = scores.softmax(-1)
+        out, lse = (weights if factor is None else weights * factor) @ v, scores.logsumexp(-1)
+    return out.masked_fill(~has_key[:, None], 0.0), lse.masked_fill(~has_key, float("inf"))
 
 
 def attention_reference(
@@ -94,6 +135,7 @@ def attention_reference(
     alibi_slopes: Tensor | None = None,
     rng_state: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
+    is_two_pass: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention as the documentation defines it, every step in `dtype`.
 
@@ -102,10 +144,12 @@ def attention_reference(
         left, right: visible keys beside the diagonal; -1 is unbounded; causal is right = 0.
         rng_state: int64 (2,), seed and offset of the dropout bits; needed when dropout_p > 0.
         dtype: float64 for the oracle, the inputs' dtype for plain PyTorch in the same precision.
+        is_two_pass: take gradients by the formula of `TwoPass` instead of autograd's.
         The other arguments are those of `attention`.
 
     Returns:
-        out in `dtype`, (b, sq, h, dv) or (total_q, h, dv), and lse in `dtype`, (b, h, sq) or (h, total_q).
+        out in `dtype`, (b, sq, h, dv) or (total_q, h, dv), and lse, (b, h, sq) or (h, total_q), in `dtype` (if
+        is_two_pass, in float32 at least).
         A row without keys, and a packed row that belongs to no sequence, has out 0, lse +inf and no gradient.
     """
     heads, batch = q.shape[-2], q.shape[0] if cu_seqlens_q is None else len(cu_seqlens_q) - 1
@@ -136,6 +180,7 @@ def attention_reference(
             slopes=alibi_slopes[n] if alibi_slopes is not None and alibi_slopes.ndim == 2 else alibi_slopes,
             keep=keep,
             dropout_p=dropout_p,
+            is_two_pass=is_two_pass,
         )
         outs.append(out.transpose(0, 1))
         lses.append(lse)
@@ -143,5 +188,5 @@ def attention_reference(
         return torch.stack(outs), torch.stack(lses)
     rest = q.shape[0] - starts_q[-1]
     outs.append(q.new_zeros((rest, heads, v.shape[-1]), dtype=dtype))
-    lses.append(q.new_full((heads, rest), float("inf"), dtype=dtype))
+    lses.append(q.new_full((heads, rest), float("inf"), dtype=lses[0].dtype))
     return torch.cat(outs), torch.cat(lses, 1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flash_attn_plus import ops
-from flash_attn_plus.problem import AttentionInputs, AttentionProblem, describe
+from flash_attn_plus.problem import AttentionInputs, AttentionProblem, describe, normalize_band
 from flash_attn_plus.reference import attention_reference
 
 Layout = Literal["contiguous", "packed", "transposed", "sliced", "expanded"]
@@ -23,8 +23,8 @@ class Case(NamedTuple):
 
     With `lengths_q` (`lengths_k`) queries (keys) are packed sequences of those lengths, followed by `trailing` rows
     that belong to none; `slack` is added to the maximal lengths that the call states. With `page_size` the keys are
-    paged in shuffled order. Everything that must not be read (keys beyond `used`, before `leftpad`, in trailing
-    rows and in unused pages) holds NaN.
+    paged in shuffled order, `seqlen_k` of them at most; their lengths are `lengths_k` or `used`. All that must not
+    be read (keys beyond `used`, before `leftpad`, in trailing rows and in unused pages) holds NaN.
     """
 
     batch: int = 1
@@ -60,6 +60,22 @@ class Case(NamedTuple):
     def has_backward(self) -> bool:
         """Whether gradients are defined: not for paged, partly used or left-padded keys."""
         return not self.page_size and self.used is None and self.leftpad is None
+
+    def problem(
+        self, dtype: torch.dtype, device: str | torch.device = "cpu", is_backward: bool = False
+    ) -> AttentionProblem:
+        """What selection is asked for this case; no tensor is made."""
+        seqlen_q = self.seqlen_q if self.lengths_q is None else max(self.lengths_q) + self.slack
+        seqlen_k = self.seqlen_k if self.lengths_k is None else max(self.lengths_k) + self.slack
+        if self.page_size and self.lengths_k is None:
+            seqlen_k = -(-seqlen_k // self.page_size) * self.page_size
+        return AttentionProblem(
+            torch.device(device), dtype, self.sequences, seqlen_q, seqlen_k, self.heads, self.heads_k,
+            self.head_dim, self.head_dim_v or self.head_dim, *normalize_band(self.left, self.right, seqlen_q, seqlen_k),
+            self.softcap > 0.0, bool(self.alibi), self.dropout_p > 0.0,
+            self.lengths_q is not None, self.lengths_k is not None and not self.page_size, self.page_size,
+            self.used is not None, self.leftpad is not None, is_backward,
+        )  # fmt: skip
 
 
 class Call(NamedTuple):
@@ -99,9 +115,9 @@ def arrange(x: Tensor, layout: Layout) -> Tensor:
 
 def _readable_keys(case: Case, rows: int) -> Tensor:
     """Bool (batch, rows) for dense or (rows,) for packed keys: the ones that may be read."""
-    if case.lengths_k is None:
+    if case.lengths_k is None or case.page_size:
         position = torch.arange(rows).expand(case.sequences, rows)
-        stop = torch.tensor(case.used if case.used is not None else (rows,) * case.sequences)
+        stop = torch.tensor(case.used or case.lengths_k or (rows,) * case.sequences)
         start = torch.tensor(case.leftpad if case.leftpad is not None else (0,) * case.sequences)
         return (position >= start[:, None]) & (position < stop[:, None])
     readable = torch.zeros(rows, dtype=torch.bool)
@@ -125,7 +141,7 @@ def _page(x: Tensor, table: Tensor, page_size: int, pages: int) -> Tensor:
 
 def _lead(case: Case, side: Literal["q", "k"]) -> tuple[int, ...]:
     lengths = case.lengths_q if side == "q" else case.lengths_k
-    if lengths is not None:
+    if lengths is not None and not (side == "k" and case.page_size):
         return (sum(lengths) + case.trailing,)
     return (case.sequences, case.seqlen_q if side == "q" else case.seqlen_k)
 
@@ -252,22 +268,23 @@ def run_engine(call: Call, *, with_gradients: bool, with_dlse: bool = False) -> 
 def run_reference(
     call: Call, dtype: torch.dtype, *, with_gradients: bool, with_dlse: bool = False
 ) -> dict[str, Tensor]:
-    """What `run_engine` should give, from the oracle's formula in `dtype`."""
+    """What `run_engine` should give: the oracle for float64, else plain PyTorch in `dtype` by the two-pass formula."""
     x = call.inputs
     q, k, v = (t.detach().to(dtype, copy=True).requires_grad_(with_gradients) for t in (x.q, x.k, x.v))
     options = x._asdict()
     for name in ("q", "k", "v"):
         del options[name]
-    out, lse = attention_reference(q, k, v, left=call.left, right=call.right, dtype=dtype, **options)
+    options |= {"left": call.left, "right": call.right, "dtype": dtype, "is_two_pass": dtype != torch.float64}
+    out, lse = attention_reference(q, k, v, **options)
     results = {"out": out.detach(), "lse": lse.detach()}
     if with_gradients:
         dout = call.dout.to(dtype)
-        arriving, at = ((dout, call.dlse.to(dtype)), (out, lse)) if with_dlse else ((dout,), (out,))
+        dlse = call.dlse.to(lse.dtype)
+        arriving, at = ((dout, dlse), (out, lse)) if with_dlse else ((dout,), (out,))
         grads = torch.autograd.grad(at, (q, k, v), arriving)
-        product = (dout * out).sum(-1).detach()
-        delta = product.transpose(0, 1) if x.cu_seqlens_q is not None else product.transpose(1, 2)
+        delta = (dout.to(lse.dtype) * out.detach()).sum(-1).transpose(-1, -2)
         if with_dlse:
-            delta = delta - call.dlse.to(dtype)
+            delta = delta - dlse
         results |= dict(zip(("dq", "dk", "dv"), grads, strict=True)) | {"delta": delta}
     return results
 
@@ -283,8 +300,8 @@ def _covered(call: Call, name: str, x: Tensor) -> Tensor:
 def assert_close(name: str, actual: Tensor, reference: Tensor, eager: Tensor) -> None:
     """The one tolerance rule.
 
-    The largest error against the float64 `reference` may be at most twice that of `eager`, the same formula in plain
-    PyTorch in the inputs' dtype, plus one rounding unit (eps of the result's dtype) of the largest reference value.
+    The largest error against the float64 `reference` may be at most twice that of `eager`, the two-pass formula in
+    plain PyTorch in the inputs' dtype, plus one rounding unit (eps of the result's dtype) of the largest reference.
     Infinite reference values must be met exactly.
     """
     assert actual.shape == reference.shape, f"{name} has shape {tuple(actual.shape)}, not {tuple(reference.shape)}"
