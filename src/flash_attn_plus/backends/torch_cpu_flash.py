@@ -61,8 +61,8 @@ def _operand(x: Tensor, dim: int) -> Tensor:
 
 
 def _positive(scale: float) -> tuple[float, float]:
-    """(factor of q, scale): the operator masks before it scales, so a scale that is not positive would unmask."""
-    return (1.0, scale) if scale > 0.0 else (0.0, 1.0) if scale == 0.0 else (-1.0, -scale)
+    """(sign of q, positive scale): the operator masks before it scales, so a negative scale would unmask."""
+    return (1.0, scale) if scale > 0.0 else (-1.0, -scale)
 
 
 class _Biases:
@@ -110,9 +110,9 @@ def forward(
     if first == band.len_q:
         return
     q_heads, k_heads, v_heads = _operand(q[:, first:], dim), _operand(k, dim), _operand(v, dim)
-    factor, scale = _positive(scale)
-    if factor != 1.0:
-        q_heads = q_heads * factor
+    sign, scale = _positive(scale)
+    if sign < 0.0:
+        q_heads = -q_heads
     out_heads, lse = out[:, first:].transpose(1, 2), lse[..., first:]
     if slopes is not None or band.left >= 0:
         biases = _Biases(band, slopes, q.dtype)
@@ -159,10 +159,10 @@ def backward(
         dk.zero_()
         dv.zero_()
         return
-    factor, scale = _positive(scale)
+    sign, scale = _positive(scale)
     dout_heads, q_heads = (_operand(x[:, first:], dim) for x in (dout, q))
-    if factor != 1.0:
-        q_heads = q_heads * factor
+    if sign < 0.0:
+        q_heads = -q_heads
     tensors = dout_heads, q_heads, _operand(k, dim), _operand(v, dim)
     out_heads, lse = _operand(out[:, first:], dim), lse[..., first:]
     grads = dq[:, first:].transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
@@ -170,8 +170,8 @@ def backward(
         _backward_blocks(*tensors, out_heads, lse, grads, band, scale, slopes)
     else:
         _backward_pieces(*tensors, out_heads, lse, grads, pieces(band), scale)
-    if factor != 1.0:
-        dq *= factor
+    if sign < 0.0:
+        dq.neg_()
 
 
 def _write(target: Tensor, x: Tensor) -> None:

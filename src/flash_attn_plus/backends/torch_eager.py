@@ -10,9 +10,10 @@ from flash_attn_plus.backends.torch_segments import Segment, segments
 from flash_attn_plus.problem import FLOAT_DTYPES, MAX_HEAD_DIM, AttentionInputs, AttentionProblem
 
 
-def _is_fused(problem: AttentionProblem) -> bool:
-    """Whether PyTorch's fused CPU operator can serve: it knows neither softcap nor dropout."""
-    return problem.device.type == "cpu" and not problem.has_softcap and not problem.has_dropout
+def _is_fused(problem: AttentionProblem, inputs: AttentionInputs) -> bool:
+    """Whether PyTorch's fused CPU operator can serve: it knows neither softcap, dropout nor a scale of zero."""
+    is_plain = not problem.has_softcap and not problem.has_dropout and inputs.softmax_scale != 0.0
+    return is_plain and problem.device.type == "cpu"
 
 
 def _rule(problem: AttentionProblem, x: AttentionInputs, segment: Segment) -> torch_tiles.Rule:
@@ -57,7 +58,7 @@ class TorchEager(Backend):
             q = part.queries(inputs.q)
             k, v = (part.gathered_keys(x, inputs.block_table) for x in (inputs.k, inputs.v))
             results = part.queries(out), part.statistics(lse)
-            if _is_fused(problem):
+            if _is_fused(problem, inputs):
                 torch_cpu_flash.forward(q, k, v, *results, band, inputs.softmax_scale, part.slopes(inputs.alibi_slopes))
             else:
                 torch_tiles.forward(q, k, v, *results, band, _rule(problem, inputs, part))
@@ -89,7 +90,7 @@ class TorchEager(Backend):
             k, v, dk_part, dv_part = (part.keys(x) for x in (inputs.k, inputs.v, dk, dv))
             lse_part, delta_part = part.statistics(lse), part.statistics(delta)
             _fill_delta(dout_part, out_part, None if dlse is None else part.statistics(dlse), delta_part)
-            if _is_fused(problem) and dlse is None:
+            if _is_fused(problem, inputs) and dlse is None:
                 torch_cpu_flash.backward(
                     q, k, v, dout_part, out_part, lse_part, dq_part, dk_part, dv_part,
                     band, inputs.softmax_scale, part.slopes(inputs.alibi_slopes),
