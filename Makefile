@@ -27,6 +27,7 @@ help: ## this list
 setup: $(READY) ## create .venv with the pinned tools and both distributions (the other targets do it when needed)
 
 $(VENV)/.ready: requirements-dev.txt requirements-triton.txt pyproject.toml dropin/pyproject.toml
+	@echo "setting up $(VENV); PyTorch is large, so this takes a minute or more"
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet -r requirements-dev.txt
 	$(PY) -c "import triton" 2>/dev/null || $(PY) -m pip install --quiet -r requirements-triton.txt
