@@ -1,0 +1,127 @@
+"""Which backend serves a call, what forces one, and what `explain` tells."""
+
+import pytest
+import torch
+
+from flash_attn_plus import AttentionProblem, NoBackend, attention, env, explain, selection, use_backend
+
+
+def problem(device="cpu", dtype=torch.bfloat16, **changes):
+    sizes = {"batch": 1, "seqlen_q": 8, "seqlen_k": 8, "heads": 2, "heads_k": 2, "head_dim": 64, "head_dim_v": 64}
+    return AttentionProblem(torch.device(device), dtype, **(sizes | changes))
+
+
+@pytest.fixture(autouse=True)
+def _no_wishes(monkeypatch):
+    for name in (env.BACKEND, env.USE_FLAGGEMS):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_cpu_is_served_by_torch():
+    assert selection.choose(problem()).name == "torch"
+
+
+def test_explain_lists_every_backend_with_reasons_and_one_choice():
+    told = explain(problem())
+    assert {v.name for v in told} == set(selection.NAMES)
+    assert [v.name for v in told if v.is_chosen] == ["torch"]
+    assert all(v.reasons for v in told if not v.is_chosen)
+    text = str(told)
+    assert len(text.splitlines()) == len(selection.NAMES)
+    assert "chosen" in text
+    assert "no adapter" in text
+
+
+def test_explain_takes_the_arguments_of_attention():
+    q = torch.randn(1, 8, 2, 16)
+    told = explain(q, q, q, causal=True, window_size=(4, -1), softcap=2.0, return_lse=True, backward=True)
+    assert [v.name for v in told if v.is_chosen] == ["torch"]
+
+
+def test_use_backend_forces_and_ends_with_its_block():
+    with use_backend("torch"):
+        assert selection.forced_backend() == "torch"
+        with use_backend("triton"):
+            assert selection.forced_backend() == "triton"
+        assert selection.forced_backend() == "torch"
+    assert selection.forced_backend() is None
+
+
+def test_use_backend_ends_when_the_block_raises():
+    with pytest.raises(KeyError), use_backend("torch"):
+        raise KeyError
+    assert selection.forced_backend() is None
+
+
+def test_forced_backend_that_cannot_serve_raises_its_reason():
+    q = torch.randn(1, 4, 1, 8, dtype=torch.float64)
+    with use_backend("triton"), pytest.raises(NoBackend, match="triton: dtype float64 not supported"):
+        attention(q, q, q)
+
+
+@pytest.mark.parametrize("name", sorted(set(selection.NAMES) - {"torch", "triton"}))
+def test_known_backend_without_adapter_says_so(name):
+    q = torch.randn(1, 4, 1, 8)
+    with use_backend(name), pytest.raises(NoBackend, match=rf"{name}: .*no .*adapter"):
+        attention(q, q, q)
+
+
+def test_unknown_names_are_refused_with_the_known_ones(monkeypatch):
+    with pytest.raises(NoBackend, match="'tritn' is unknown; choose one of triton"), use_backend("tritn"):
+        pass
+    with pytest.raises(NoBackend, match="'tritn' is unknown"):
+        selection.get("tritn")
+    monkeypatch.setenv(env.BACKEND, "tritn")
+    with pytest.raises(NoBackend, match=f"{env.BACKEND}='tritn' is unknown"):
+        selection.choose(problem())
+
+
+def test_environment_is_read_at_call_time(monkeypatch):
+    q = torch.randn(1, 4, 1, 8)
+    attention(q, q, q)
+    monkeypatch.setenv(env.BACKEND, "cuda")
+    with pytest.raises(NoBackend, match="cuda"):
+        attention(q, q, q)
+    monkeypatch.setenv(env.BACKEND, "torch")
+    attention(q, q, q)
+    monkeypatch.setenv(env.BACKEND, "")
+    attention(q, q, q)
+
+
+def test_use_backend_goes_before_the_environment(monkeypatch):
+    monkeypatch.setenv(env.BACKEND, "cuda")
+    with use_backend("torch"):
+        assert selection.choose(problem()).name == "torch"
+
+
+@pytest.mark.parametrize(("raw", "value"), [("TRUE", True), ("1", True), ("off", False), ("False", False), ("", None)])
+def test_flaggems_preference_reads_booleans(monkeypatch, raw, value):
+    monkeypatch.setenv(env.USE_FLAGGEMS, raw)
+    assert env.use_flaggems() is value
+
+
+def test_flaggems_preference_that_is_no_boolean_raises(monkeypatch):
+    monkeypatch.setenv(env.USE_FLAGGEMS, "maybe")
+    with pytest.raises(ValueError, match=f"{env.USE_FLAGGEMS}='maybe' is neither TRUE nor FALSE"):
+        selection.choose(problem())
+
+
+@pytest.mark.parametrize("raw", ["TRUE", "FALSE"])
+def test_flaggems_preference_leaves_the_cpu_to_torch(monkeypatch, raw):
+    monkeypatch.setenv(env.USE_FLAGGEMS, raw)
+    assert selection.choose(problem()).name == "torch"
+
+
+def test_fp32_precision_is_one_of_three(monkeypatch):
+    monkeypatch.delenv(env.FP32_PRECISION, raising=False)
+    assert env.fp32_precision() == "ieee"
+    monkeypatch.setenv(env.FP32_PRECISION, "TF32x3")
+    assert env.fp32_precision() == "tf32x3"
+    monkeypatch.setenv(env.FP32_PRECISION, "fp8")
+    with pytest.raises(ValueError, match="ieee, tf32x3, tf32"):
+        env.fp32_precision()
+
+
+def test_capability_reasons_name_the_offending_value():
+    reasons = selection.get("torch").reasons(problem(head_dim=1024, head_dim_v=640, dtype=torch.int8))
+    assert reasons == ["dtype int8 not supported", "head_dim 1024 > 512", "head_dim_v 640 > 512"]
