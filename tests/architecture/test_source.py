@@ -41,6 +41,14 @@ def code_lines(function: ast.FunctionDef) -> int:
     return function.end_lineno - function.lineno + 1 - docstring
 
 
+def edits_import_path(node: ast.AST) -> bool:
+    """Whether a node is `sys.path.append(...)` or the like, or assigns to sys.path or a part of it."""
+    if isinstance(node, ast.Call):
+        return ast.unparse(node.func).startswith("sys.path.")
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return any(t is not None and ast.unparse(t).startswith("sys.path") for t in targets)
+
+
 def matching_lines(pattern: re.Pattern, paths: list[Path]) -> list[str]:
     return [
         f"{shown(path)}:{number} {line.strip()}"
@@ -88,7 +96,7 @@ def test_no_import_path_is_edited():
         f"{shown(path)}:{node.lineno}"
         for path in EVERYTHING
         for node in ast.walk(parse(path))
-        if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path"
+        if edits_import_path(node)
     ]
     assert not edits, "install the package or set PYTHONPATH"
 
