@@ -9,7 +9,7 @@ from flash_attn_plus.dropout import keep_mask
 from flash_attn_plus.reference import visible
 from flash_attn_plus.testing import Case
 
-BASE = Case(batch=3, seqlen_q=150, seqlen_k=203, heads=4, heads_k=2, head_dim=24, dropout_p=0.17)
+BASE = Case(batch=2, seqlen_q=140, seqlen_k=163, heads=2, heads_k=1, head_dim=24, dropout_p=0.17)
 CASES = {
     "full": BASE,
     "causal": BASE._replace(right=0),
@@ -19,7 +19,7 @@ CASES = {
     "head_dim_72": BASE._replace(head_dim=72),
     "head_dim_111": BASE._replace(head_dim=111),
     "head_dim_320": BASE._replace(head_dim=320, batch=1),
-    "tall": BASE._replace(seqlen_q=203, seqlen_k=60, right=0),
+    "tall": BASE._replace(seqlen_q=163, seqlen_k=60, right=0),
 }
 
 
@@ -92,8 +92,8 @@ def test_output_is_the_dumped_probabilities_times_values(invoke):
     x = made.call.inputs
     out, lse, dump = (t.detach() for t in made(return_attn_probs=True))
     width = interface._get_block_size_n(x.q.device, 24, True, False)
-    for n in range(3):
-        found = dump[n, :, :150, :203].double()
+    for n in range(2):
+        found = dump[n, :, :140, :163].double()
         kept = probabilities_of(found.clamp_min(0), scores_of(made.call, n), lse[n].double(), width)
         v = x.v[n].double().repeat_interleave(2, 1)
         expected = torch.einsum("hqk,khd->qhd", kept / (1 - 0.17), v)
