@@ -156,6 +156,11 @@ def swiglu_backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     return torch.ops.flash_attn_plus.swiglu_backward(dout, gate, up)
 
 
+def bias_gradient(dx: Tensor, bias: Tensor) -> Tensor:
+    """The gradient of a bias (n,) from that of the sum (..., n) it went into."""
+    return dx.reshape(-1, dx.shape[-1]).sum(0).to(bias.dtype)
+
+
 class BiasActivation(torch.autograd.Function):
     """act(x + bias), differentiable in both; bias may be None."""
 
@@ -169,9 +174,7 @@ class BiasActivation(torch.autograd.Function):
     def backward(ctx, dout: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, bias = ctx.saved_tensors
         dx = activation_backward(dout, x, ctx.activation, bias)
-        if bias is None:
-            return dx, None, None
-        return dx, dx.reshape(-1, dx.shape[-1]).sum(0).to(bias.dtype), None
+        return dx, None if bias is None else bias_gradient(dx, bias), None
 
 
 class SwiGLU(torch.autograd.Function):

@@ -90,47 +90,62 @@ def linear(
     return LinearFunction.apply(x, weight, bias, return_residual, process_group, sequence_parallel)
 
 
+def mlp_forward(
+    ctx, x, weight1, bias1, weight2, bias2, activation="gelu_approx", save_pre_act=True, return_residual=False,
+    checkpoint_lvl=0, process_group=None, sequence_parallel=True,
+):  # fmt: skip
+    """linear2(act(linear1(x))); ctx keeps as much for `mlp_backward` as `checkpoint_lvl` says."""
+    original = x
+    x, weight1, bias1, weight2, bias2 = _cast(x, weight1, bias1, weight2, bias2)
+    pre_activation = F.linear(_gather(x, process_group, sequence_parallel), weight1, bias1)
+    hidden = activation_forward(pre_activation, activation)
+    level = checkpoint_lvl if save_pre_act else 2
+    kept = [pre_activation, hidden][: 2 - level]
+    ctx.save_for_backward(x, weight1, weight2, bias1, *kept)
+    ctx.activation, ctx.group, ctx.sequence_parallel = activation, process_group, sequence_parallel
+    ctx.has_bias = (bias1 is not None, bias2 is not None)
+    out = F.linear(hidden, weight2, bias2)
+    return (out, original) if return_residual else out
+
+
+def mlp_backward(ctx, dout, *residual_gradient):
+    """Gradients of x, weight1, bias1, weight2 and bias2."""
+    x, weight1, weight2, bias1, *kept = ctx.saved_tensors
+    group = ctx.group
+    dout = dout.to(weight2.dtype)
+    gathered = _gather(x, group, ctx.sequence_parallel)
+    pre_activation = kept[0] if kept else F.linear(gathered, weight1, bias1)
+    hidden = kept[1] if len(kept) == 2 else activation_forward(pre_activation, ctx.activation)
+    dweight2, dbias2 = _parameter_gradients(dout, hidden, ctx.has_bias[1])
+    dpre = activation_backward(dout @ weight2, pre_activation, ctx.activation)
+    dweight1, dbias1 = _parameter_gradients(dpre, gathered, ctx.has_bias[0])
+    dx = None
+    if ctx.needs_input_grad[0]:
+        residual = residual_gradient[0] if residual_gradient else None
+        if group is None:
+            dx = _input_gradient(dpre, weight1, residual)
+        else:
+            dx = _reduce_gradient(dpre @ weight1, group, ctx.sequence_parallel)
+            dx = dx if residual is None else dx + residual
+    return dx, dweight1, dbias1, dweight2, dbias2
+
+
 class MLPFunction(torch.autograd.Function):
-    """linear2(act(linear1(x))), keeping as much for the backward pass as `checkpoint_lvl` says."""
+    """linear2(act(linear1(x))); `heuristic` has no influence."""
 
     @staticmethod
     def forward(
         ctx, x, weight1, bias1, weight2, bias2, activation="gelu_approx", save_pre_act=True, return_residual=False,
         checkpoint_lvl=0, heuristic=0, process_group=None, sequence_parallel=True,
     ):  # fmt: skip
-        original = x
-        x, weight1, bias1, weight2, bias2 = _cast(x, weight1, bias1, weight2, bias2)
-        pre_activation = F.linear(_gather(x, process_group, sequence_parallel), weight1, bias1)
-        hidden = activation_forward(pre_activation, activation)
-        level = checkpoint_lvl if save_pre_act else 2
-        kept = [pre_activation, hidden][: 2 - level]
-        ctx.save_for_backward(x, weight1, weight2, bias1, *kept)
-        ctx.activation, ctx.return_residual = activation, return_residual
-        ctx.group, ctx.sequence_parallel = process_group, sequence_parallel
-        ctx.has_bias = (bias1 is not None, bias2 is not None)
-        out = F.linear(hidden, weight2, bias2)
-        return (out, original) if return_residual else out
+        return mlp_forward(
+            ctx, x, weight1, bias1, weight2, bias2, activation, save_pre_act, return_residual, checkpoint_lvl,
+            process_group, sequence_parallel,
+        )  # fmt: skip
 
     @staticmethod
     def backward(ctx, dout, *residual_gradient):
-        x, weight1, weight2, bias1, *kept = ctx.saved_tensors
-        group = ctx.group
-        dout = dout.to(weight2.dtype)
-        gathered = _gather(x, group, ctx.sequence_parallel)
-        pre_activation = kept[0] if kept else F.linear(gathered, weight1, bias1)
-        hidden = kept[1] if len(kept) == 2 else activation_forward(pre_activation, ctx.activation)
-        dweight2, dbias2 = _parameter_gradients(dout, hidden, ctx.has_bias[1])
-        dpre = activation_backward(dout @ weight2, pre_activation, ctx.activation)
-        dweight1, dbias1 = _parameter_gradients(dpre, gathered, ctx.has_bias[0])
-        dx = None
-        if ctx.needs_input_grad[0]:
-            residual = residual_gradient[0] if residual_gradient else None
-            if group is None:
-                dx = _input_gradient(dpre, weight1, residual)
-            else:
-                dx = _reduce_gradient(dpre @ weight1, group, ctx.sequence_parallel)
-                dx = dx if residual is None else dx + residual
-        return dx, dweight1, dbias1, dweight2, dbias2, *[None] * 7
+        return *mlp_backward(ctx, dout, *residual_gradient), *[None] * 7
 
 
 def share_of(size: int, parts: int, index: int, multiple_of: int = 1) -> int:

@@ -23,18 +23,27 @@ BACKWARD_SCHEMA = (
 )
 
 
-def forward_into(x: Tensor, *rest) -> None:
+def _adjacent(x: object) -> object:
+    """A tensor with adjacent elements along its last dimension; anything else as it is."""
+    return x.contiguous() if isinstance(x, Tensor) and x.stride(-1) != 1 else x
+
+
+def forward_into(*arguments) -> None:
     """The forward operator: fill the outputs by the Triton kernel or by PyTorch."""
+    x = arguments[0]
     if x.numel() > 0:
-        (norm_launch if uses_triton(x) else norm_torch).norm_forward(x, *rest)
+        run = (norm_launch if uses_triton(x) else norm_torch).norm_forward
+        run(*map(_adjacent, arguments[:-7]), *arguments[-7:])
 
 
-def backward_into(dy: Tensor, t: Tensor, *rest) -> None:
+def backward_into(*arguments) -> None:
     """The backward operator: fill the gradients by the Triton kernel or by PyTorch."""
+    t = arguments[1]
     if t.numel() > 0:
-        (norm_launch if uses_triton(t) else norm_torch).norm_backward(dy, t, *rest)
+        run = (norm_launch if uses_triton(t) else norm_torch).norm_backward
+        run(*map(_adjacent, arguments[:-8]), *arguments[-8:])
         return
-    for gradient in rest[-4:]:
+    for gradient in arguments[-4:]:
         if gradient is not None:
             gradient.zero_()
 
@@ -49,11 +58,12 @@ torch.library.register_fake("flash_attn_plus::norm_backward", lambda *_: None, l
 
 
 def rows_of(x: Tensor | None, cols: int) -> Tensor | None:
-    """x as (rows, cols) with adjacent elements, a view where its strides allow."""
-    if x is None:
-        return None
-    x = x.reshape(-1, cols)
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """x as (rows, cols), a view where its strides allow."""
+    return None if x is None else x.reshape(-1, cols)
+
+
+def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(like.shape, dtype=dtype, device=like.device)
 
 
 def draw_seeds(rows: int, branches: int, device: torch.device) -> Tensor:
@@ -92,7 +102,7 @@ def norm_forward(
     out: Tensor | None = None,
     residual_out: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Not differentiable; x is (rows, cols) with adjacent elements, as are the other tensors of its shape.
+    """Not differentiable; x is (rows, cols), as are the other tensors of its shape; buffers have adjacent elements.
 
     Returns:
         (y, y1, mean, rstd, t, seeds, mask, mask1); t is x itself when nothing changes x; mean is None for RMS norm.
@@ -102,15 +112,15 @@ def norm_forward(
     statistics_dtype = norm_torch.accumulation_dtype(x.dtype)
     if residual is not None:
         residual_dtype = residual.dtype
-    y = torch.empty_like(x, dtype=out_dtype or x.dtype) if out is None else out
-    y1 = None if weight1 is None else torch.empty_like(y)
+    y = _empty(x, out_dtype or x.dtype) if out is None else out
+    y1 = None if weight1 is None else _empty(x, y.dtype)
     is_changed = (
         residual is not None or x1 is not None or rowscale is not None or dropout_p > 0.0
         or (residual_dtype is not None and residual_dtype != x.dtype) or residual_out is not None
     )  # fmt: skip
     t = residual_out
     if is_changed and t is None:
-        t = torch.empty_like(x, dtype=residual_dtype or x.dtype)
+        t = _empty(x, residual_dtype or x.dtype)
     mean = None if is_rms_norm else torch.empty(rows, dtype=statistics_dtype, device=device)
     rstd = torch.empty(rows, dtype=statistics_dtype, device=device)
     seeds = draw_seeds(rows, 1 if x1 is None else 2, device) if dropout_p > 0.0 else None
@@ -145,17 +155,17 @@ def norm_backward(
     x_dtype: torch.dtype | None = None,
     recompute_output: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `norm_forward`; all (rows, cols) with adjacent elements.
+    """Gradients of `norm_forward`; all (rows, cols).
 
     Returns:
         (dx, dweight, dbias, dresidual, dx1, dweight1, dbias1, y); what was not asked for is None.
     """
     x_dtype = x_dtype or t.dtype
-    dx = torch.empty_like(t, dtype=x_dtype)
+    dx = _empty(t, x_dtype)
     is_plain = dropout_p == 0.0 and rowscale is None  # then every branch receives the same gradient
-    dresidual = torch.empty_like(t) if has_residual and not (is_plain and x_dtype == t.dtype) else None
-    dx1 = torch.empty_like(dx) if has_x1 and dropout_p > 0.0 else None
-    y = torch.empty_like(t, dtype=dy.dtype) if recompute_output else None
+    dresidual = _empty(t, t.dtype) if has_residual and not (is_plain and x_dtype == t.dtype) else None
+    dx1 = _empty(t, x_dtype) if has_x1 and dropout_p > 0.0 else None
+    y = _empty(t, dy.dtype) if recompute_output else None
     dweight, dbias, dweight1, dbias1 = (
         None if p is None else torch.empty_like(p) for p in (weight, bias, weight1, bias1)
     )

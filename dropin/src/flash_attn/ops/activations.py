@@ -2,14 +2,14 @@
 
 import torch
 
+from flash_attn_plus.fused.activation import SwiGLU as SwiGLUFunction
 from flash_attn_plus.fused.activation import (
-    BiasActivation,
     activation_backward,
     activation_forward,
+    bias_gradient,
     swiglu_backward,
     swiglu_forward,
 )
-from flash_attn_plus.fused.activation import SwiGLU as SwiGLUFunction
 
 
 def bias_gelu(y, bias):
@@ -27,11 +27,14 @@ class GeLUFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, bias):
-        return BiasActivation.forward(ctx, input, bias, "gelu_approx")
+        ctx.save_for_backward(input, bias)
+        return bias_gelu(input, bias)
 
     @staticmethod
     def backward(ctx, grad_output):
-        return BiasActivation.backward(ctx, grad_output)[:2]
+        input, bias = ctx.saved_tensors
+        grad_input = bias_gelu_back(grad_output, input, bias)
+        return grad_input, bias_gradient(grad_input, bias)
 
 
 bias_gelu_impl = GeLUFunction.apply

@@ -68,8 +68,9 @@ def gelu_approx(x):
 
 @triton.jit
 def gelu_approx_grad(x):
-    s = tl.sigmoid(2.0 * _SQRT_2_OVER_PI * x * (1.0 + _CUBIC * x * x))
-    return s + x * s * (1.0 - s) * 2.0 * _SQRT_2_OVER_PI * (1.0 + 3.0 * _CUBIC * x * x)
+    u = 2.0 * _SQRT_2_OVER_PI * x * (1.0 + _CUBIC * x * x)
+    s = tl.sigmoid(u)
+    return s + x * s * tl.sigmoid(-u) * 2.0 * _SQRT_2_OVER_PI * (1.0 + 3.0 * _CUBIC * x * x)
 
 
 @triton.jit

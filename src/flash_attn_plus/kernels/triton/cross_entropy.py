@@ -96,7 +96,7 @@ def cross_entropy_bwd_kernel(
     dloss = tl.where(label != ignore_index, dloss, 0.0)
     lse = tl.load(lse_ptr + row).to(tl.float32)
     x = tl.load(logits_ptr + row.to(tl.int64) * row_stride + cols, mask=inside, other=float("-inf")).to(tl.float32)
-    p = tl.exp2(x * (scale * LOG2E) - lse * LOG2E)
+    p = tl.exp2((x * scale - lse) * LOG2E)  # subtract first: the large probabilities have small differences
     gradient = p * (1.0 + 2.0 * lse_square_scale * lse) - smoothing / total_classes
     gradient = tl.where(cols == label - class_start, gradient - (1.0 - smoothing), gradient)
     gradient *= dloss * scale

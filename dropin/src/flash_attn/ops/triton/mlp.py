@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from flash_attn_plus.fused.dense import MLPFunction
+from flash_attn_plus.fused.dense import mlp_backward, mlp_forward
 
 
 class FusedDenseSqreluDenseFunc(torch.autograd.Function):
@@ -12,13 +12,11 @@ class FusedDenseSqreluDenseFunc(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight1, bias1, weight2, bias2, checkpoint_lvl=0):
         assert checkpoint_lvl in (0, 1, 2), f"checkpoint_lvl must be 0, 1 or 2, not {checkpoint_lvl!r}"
-        return MLPFunction.forward(
-            ctx, x, weight1, bias1, weight2, bias2, "squared_relu", checkpoint_lvl=checkpoint_lvl
-        )
+        return mlp_forward(ctx, x, weight1, bias1, weight2, bias2, "squared_relu", checkpoint_lvl=checkpoint_lvl)
 
     @staticmethod
     def backward(ctx, grad_output):
-        return *MLPFunction.backward(ctx, grad_output)[:5], None
+        return *mlp_backward(ctx, grad_output), None
 
 
 fused_dense_sqrelu_dense_function = FusedDenseSqreluDenseFunc.apply
