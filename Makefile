@@ -17,6 +17,8 @@ endif
 
 # Two processes of one thread each beat one of two threads: the Triton interpreter is bound by Python.
 CPU_TESTS := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TRITON_INTERPRET
+# These run kernels, so on a CPU they need the interpreter; the others need it off, some of them to compile kernels.
+INTERPRETED := $(wildcard tests/numerics tests/fused)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check format test-gpu bench readme clean
@@ -38,8 +40,10 @@ demo: $(READY) ## train a small GPT on this device, compare with standard attent
 	$(PY) -m demo
 
 test: $(READY) ## every test that needs no GPU: the kernels run under Triton's interpreter
-	$(CPU_TESTS)=1 $(PY) -m pytest tests/numerics -n 2 $(PYTEST_ARGS)
-	$(CPU_TESTS)=0 $(PY) -m pytest tests --ignore=tests/numerics -n 2 $(PYTEST_ARGS)
+	@status=0; \
+	$(CPU_TESTS)=1 $(PY) -m pytest $(INTERPRETED) -n 2 $(PYTEST_ARGS) || status=1; \
+	$(CPU_TESTS)=0 $(PY) -m pytest tests $(addprefix --ignore=,$(INTERPRETED)) -n 2 $(PYTEST_ARGS) || status=1; \
+	exit $$status
 
 check: $(READY) ## formatting, lint, types, import direction and size budgets
 	$(PY) -m ruff format --check .

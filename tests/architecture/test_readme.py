@@ -28,7 +28,7 @@ def test_it_has_an_example():
     assert EXAMPLES
 
 
-@pytest.mark.parametrize("code", EXAMPLES)
+@pytest.mark.parametrize("code", EXAMPLES, ids=lambda _: "")
 def test_its_examples_run(code):
     done = subprocess.run(
         [sys.executable, "-c", code], env=source_environment(), capture_output=True, text=True, timeout=120, check=False
