@@ -1,0 +1,192 @@
+"""Arguments and grids of the portable kernels."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import triton
+from torch import Tensor
+
+from flash_attn_plus import device, env
+from flash_attn_plus.kernels.features import Features
+from flash_attn_plus.kernels.triton import backward as backward_kernels
+from flash_attn_plus.kernels.triton import forward as forward_kernels
+from flash_attn_plus.problem import AttentionInputs, AttentionProblem
+from flash_attn_plus.tuning import heuristics
+from flash_attn_plus.tuning.config import TileConfig
+
+
+def features(problem: AttentionProblem, inputs: AttentionInputs) -> Features:
+    """The compile-time switches of a call."""
+    is_float32 = problem.dtype == torch.float32
+    return Features(
+        problem.left >= 0,
+        problem.right >= 0,
+        problem.has_softcap,
+        problem.has_alibi,
+        problem.has_dropout,
+        inputs.softmax_scale <= 0.0,
+        problem.is_varlen_q,
+        inputs.cu_seqlens_k is not None,
+        problem.has_seqused_k,
+        problem.has_leftpad_k,
+        problem.page_size > 0,
+        is_float32,
+        env.fp32_precision() if is_float32 else "ieee",
+    )
+
+
+def _power_of_two(n: int) -> int:
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def _row_strides(x: Tensor, is_packed: bool) -> tuple[int, int, int]:
+    """(batch, sequence, head) strides; a packed tensor has no batch stride."""
+    s = x.stride()
+    return (0, s[0], s[1]) if is_packed else (s[0], s[1], s[2])
+
+
+def _statistic_strides(lse: Tensor, is_packed: bool) -> tuple[int, int]:
+    return (0, lse.stride(0)) if is_packed else (lse.stride(0), lse.stride(1))
+
+
+def _scalars(inputs: AttentionInputs) -> tuple[float, float, float, int, float]:
+    """(positive scale, its sign, softcap, threshold of kept 16-bit numbers, factor of kept weights)."""
+    scale = inputs.softmax_scale
+    sign = math.copysign(1.0, scale) if scale != 0.0 else 0.0
+    keep = 1.0 - inputs.dropout_p
+    return (abs(scale) or 1.0, sign, inputs.softcap, max(1, int(keep * 65536 + 0.5)), 1.0 / keep)
+
+
+def _slope_stride(slopes: Tensor | None) -> int:
+    return slopes.stride(0) if slopes is not None and slopes.ndim == 2 else 0
+
+
+_fitting: dict[tuple, TileConfig] = {}
+
+
+def launch_first_fitting(key: tuple, configs: list[TileConfig], run: Callable[[TileConfig], None]) -> None:
+    """Run with the first configuration that the device takes, and remember it for the key."""
+    known = _fitting.get(key)
+    if known is not None:
+        run(known)
+        return
+    for i, config in enumerate(configs):
+        try:
+            run(config)
+        except triton.runtime.errors.OutOfResources:
+            if i + 1 == len(configs):
+                raise
+            continue
+        _fitting[key] = config
+        return
+
+
+def forward(problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:
+    """Launch the forward kernel."""
+    p, x = problem, inputs
+    F = features(p, x)
+    packed_k = p.is_varlen_k
+    table_stride = x.block_table.stride(0) if p.page_size else 0
+    arguments = (
+        x.q, x.k, x.v, out, lse, x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_k, x.leftpad_k, x.block_table,
+        x.alibi_slopes, x.rng_state,
+        *_row_strides(x.q, p.is_varlen_q), *_row_strides(x.k, packed_k), *_row_strides(x.v, packed_k),
+        *_row_strides(out, p.is_varlen_q), *_statistic_strides(lse, p.is_varlen_q), table_stride, _slope_stride(x.alibi_slopes),
+        p.seqlen_q, p.seqlen_k, p.heads, p.heads // p.heads_k, p.left, p.right, p.page_size, *_scalars(x),
+        p.head_dim, p.head_dim_v, _power_of_two(p.head_dim), _power_of_two(p.head_dim_v),
+    )  # fmt: skip
+
+    def run(c: TileConfig) -> None:
+        grid = (-(-p.seqlen_q // c.block_m) * p.heads * p.batch,)
+        forward_kernels.attention_forward_kernel[grid](
+            *arguments, c.block_m, c.block_n, F, num_warps=c.num_warps, num_stages=c.num_stages
+        )
+
+    facts = device.probe(p.device)
+    with _on(p.device):
+        launch_first_fitting(
+            ("forward", p.device, p.dtype, p.head_dim, p.head_dim_v, F), heuristics.forward(p, facts), run
+        )
+
+
+def backward(
+    problem: AttentionProblem,
+    inputs: AttentionInputs,
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    delta: Tensor,
+) -> None:
+    """Launch delta, then dk and dv, then dq."""
+    p, x = problem, inputs
+    F = features(p, x)
+    packed_q, packed_k = p.is_varlen_q, p.is_varlen_k
+    block_d, block_dv = _power_of_two(p.head_dim), _power_of_two(p.head_dim_v)
+    strides_g, statistic_strides = _row_strides(dout, packed_q), _statistic_strides(lse, packed_q)
+    strides = (*_row_strides(x.q, packed_q), *_row_strides(x.k, packed_k), *_row_strides(x.v, packed_k), *strides_g)
+    sizes = (p.seqlen_q, p.seqlen_k, p.heads, p.heads // p.heads_k, p.left, p.right)
+    tail = (_slope_stride(x.alibi_slopes), *sizes, *_scalars(x), p.head_dim, p.head_dim_v, block_d, block_dv)
+    spans = (x.cu_seqlens_q, x.cu_seqlens_k, x.alibi_slopes, x.rng_state)
+    statistics, stride_statistics = _allocate_statistics(p, x.q)
+    facts = device.probe(p.device)
+    key = (p.device, p.dtype, p.head_dim, p.head_dim_v, F)
+
+    def run_statistics(c: TileConfig) -> None:
+        grid = (-(-p.seqlen_q // c.block_m) * p.heads * p.batch,)
+        backward_kernels.attention_statistics_kernel[grid](
+            out, dout, lse, dlse, delta, statistics, x.cu_seqlens_q, *_row_strides(out, packed_q), *strides_g,
+            *statistic_strides, stride_statistics, p.seqlen_q, p.heads, p.head_dim_v, block_dv, c.block_m, F,
+            num_warps=c.num_warps,
+        )  # fmt: skip
+
+    def run_dkdv(c: TileConfig) -> None:
+        grid = (-(-p.seqlen_k // c.block_n) * p.heads_k * p.batch,)
+        for wants_dk, wants_dv in ((False, True), (True, False)) if c.is_split else ((True, True),):
+            backward_kernels.attention_backward_dkdv_kernel[grid](
+                x.q, x.k, x.v, dout, statistics, dk, dv, *spans, *strides, *_row_strides(dk, packed_k),
+                *_row_strides(dv, packed_k), stride_statistics, *tail, c.block_m, c.block_n, F, wants_dk, wants_dv,
+                num_warps=c.num_warps, num_stages=c.num_stages,
+            )  # fmt: skip
+
+    def run_dq(c: TileConfig) -> None:
+        grid = (-(-p.seqlen_q // c.block_m) * p.heads * p.batch,)
+        backward_kernels.attention_backward_dq_kernel[grid](
+            x.q, x.k, x.v, dout, lse, delta, dq, *spans, *strides, *_row_strides(dq, packed_q), *statistic_strides,
+            *tail, c.block_m, c.block_n, F, num_warps=c.num_warps, num_stages=c.num_stages,
+        )  # fmt: skip
+
+    with _on(p.device):
+        run_statistics(heuristics.statistics(p))
+        launch_first_fitting(("dkdv", *key), heuristics.dkdv(p, facts), run_dkdv)
+        launch_first_fitting(("dq", *key), heuristics.dq(p, facts), run_dq)
+
+
+def _allocate_statistics(p: AttentionProblem, q: Tensor) -> tuple[Tensor, int]:
+    """Scratch of the dk/dv kernel and its padded rows a head: 8 bytes for each row of each head."""
+    align = backward_kernels.STATISTICS_ALIGN.value
+    heads, rows = (p.heads, q.shape[0] + p.batch * align) if p.is_varlen_q else (p.batch * p.heads, p.seqlen_q)
+    padded = -(-rows // align) * align
+    return torch.empty(heads * padded * 2, dtype=torch.float32, device=q.device), padded
+
+
+class _Nothing:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+
+_NOTHING = _Nothing()
+
+
+def _on(where: torch.device):
+    """Make the tensors' device current: Triton launches on the current one."""
+    if where.type != "cuda" or where.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(where)

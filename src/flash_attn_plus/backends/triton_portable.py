@@ -1,0 +1,62 @@
+"""The portable Triton backend: launches the kernels of `kernels/triton` on any device Triton compiles for."""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from flash_attn_plus import device, env
+from flash_attn_plus.backends.base import Backend, Capability
+from flash_attn_plus.problem import AttentionInputs, AttentionProblem
+from flash_attn_plus.tuning import heuristics
+from flash_attn_plus.tuning.config import TileConfig
+
+_GPU_TYPES = frozenset({"cuda", "xpu", "npu", "musa", "mlu"})
+
+
+def is_interpreted() -> bool:
+    """Whether Triton runs its kernels on the CPU, in Python."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "on", "yes"}
+
+
+class TritonPortable(Backend):
+    """Forward and backward on any Triton target; under TRITON_INTERPRET=1 on CPU tensors, when asked for by name."""
+
+    name = "triton"
+    capability = Capability(
+        dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
+        max_head_dim=512,
+    )
+
+    def unavailable(self) -> str | None:
+        """Triton is optional: say how to get it."""
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed; install the triton package (it comes with PyTorch's GPU builds)"
+        return None
+
+    def reasons(self, problem: AttentionProblem) -> list[str]:
+        """Capability, device and tile limits."""
+        found = super().reasons(problem)
+        if found:
+            return found
+        if problem.device.type == "cpu":
+            return [] if is_interpreted() else ["device cpu: Triton reaches CPU tensors only with TRITON_INTERPRET=1"]
+        if problem.device.type not in _GPU_TYPES:
+            return [f"device {problem.device.type} has no Triton target"]
+        facts = device.probe(problem.device)
+        if not heuristics.fits(problem, facts):
+            return [f"head_dim {problem.head_dim} does not fit the {facts.shared_memory // 1024} KB of shared memory"]
+        return []
+
+    def forward(self, problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:
+        """See Backend.forward; one kernel."""
+        from flash_attn_plus.backends import triton_launch
+
+        triton_launch.forward(problem, inputs, out, lse)
+
+    def backward(self, problem, inputs, dout, out, lse, dlse, dq, dk, dv, delta) -> None:
+        """See Backend.backward; three kernels, no atomics, so always bitwise repeatable."""
+        from flash_attn_plus.backends import triton_launch
+
+        triton_launch.backward(problem, inputs, dout, out, lse, dlse, dq, dk, dv, delta)

@@ -1,0 +1,1 @@
+"""Device code only: no torch, no policy."""

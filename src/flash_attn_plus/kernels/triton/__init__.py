@@ -1,0 +1,1 @@
+"""Portable Triton kernels and the small device functions they share."""

@@ -1,0 +1,108 @@
+"""Forward pass: one program walks the keys that a tile of queries sees (Dao, arXiv 2307.08691, algorithm 1)."""
+
+import triton
+import triton.language as tl
+
+from flash_attn_plus.kernels.triton import dropout, mask, score, sequence, softmax
+from flash_attn_plus.kernels.triton.call import Band, Drop, Rule
+
+
+@triton.jit
+def _fold_tile(
+    acc, row_max, row_sum, q, k_base, v_base, rows, col0, table_ptr, page_size,
+    stride_kb, stride_ks, stride_vb, stride_vs, band, rule, drop, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, F: tl.constexpr, IS_MASKED: tl.constexpr,
+):  # fmt: skip
+    """Fold the keys [col0, col0 + BLOCK_N) into the accumulator."""
+    cols = tl.arange(0, BLOCK_N)
+    dims, dims_v = tl.arange(0, q.shape[1])[:, None], tl.arange(0, acc.shape[1])[None, :]
+    if F.is_paged:
+        k_ptrs = sequence.paged_tile(
+            k_base, (col0 + cols)[None, :], table_ptr, page_size, stride_kb, stride_ks, band.len_k, dims
+        )
+        v_ptrs = sequence.paged_tile(
+            v_base, (col0 + cols)[:, None], table_ptr, page_size, stride_vb, stride_vs, band.len_k, dims_v
+        )
+    else:
+        k_ptrs = sequence.tile(k_base, col0, cols[None, :], stride_ks, dims)
+        v_ptrs = sequence.tile(v_base, col0, cols[:, None], stride_vs, dims_v)
+    cols += col0
+    k = sequence.load(k_ptrs, cols[None, :], band.len_k, dims, HEAD_DIM, q.shape[1], IS_MASKED)  # [D, N]
+    scores = tl.dot(q, k, input_precision=F.precision)  # [M, N]
+    scores, _ = score.modify(scores, rows[:, None], cols[None, :], band, rule, F)
+    if IS_MASKED:
+        scores = tl.where(mask.keep(rows[:, None], cols[None, :], band, F), scores, float("-inf"))
+    weights, decay, row_max, row_sum = softmax.step(scores, score.multiplier(rule, F), row_max, row_sum)
+    if F.has_dropout:
+        weights = tl.where(dropout.keep_bits(drop, rows[:, None], cols[None, :]), weights, 0.0)
+    v = sequence.load(v_ptrs, cols[:, None], band.len_k, dims_v, HEAD_DIM_V, acc.shape[1], IS_MASKED)  # [N, DV]
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=F.precision)
+    return acc, row_max, row_sum
+
+
+@triton.jit(
+    do_not_specialize=["len_q", "len_k", "heads", "group", "left", "right", "page_size", "stride_lb", "stride_lh"]
+)
+def attention_forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, used_k_ptr, leftpad_ptr, table_ptr, slopes_ptr, rng_ptr,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    stride_ob, stride_os, stride_oh, stride_lb, stride_lh, stride_table, stride_slopes,
+    len_q, len_k, heads, group, left, right, page_size, scale, sign, softcap, keep_threshold, keep_factor,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
+    """out[rows] = softmax(q k^T) v and its LSE for one tile of BLOCK_M queries of one head of one sequence."""
+    tiles = tl.cdiv(len_q, BLOCK_M)
+    tile = tl.program_id(0) % tiles
+    batch_head = tl.program_id(0) // tiles
+    batch, head = batch_head // heads, batch_head % heads
+    if F.has_right:
+        tile = tiles - 1 - tile  # rows at the bottom see the most keys: start them first
+    q_start, len_q = sequence.query_span(cu_q_ptr, batch, len_q, F)
+    k_start, len_k = sequence.key_span(cu_k_ptr, used_k_ptr, leftpad_ptr, batch, len_k, F)
+    row0 = tile * BLOCK_M
+    if row0 >= len_q:
+        return
+    band = Band(len_q, len_k, left, right)
+    rule = Rule(scale, sign, softcap, score.slope_of(slopes_ptr, batch, head, stride_slopes, F))
+    drop = Drop(rng_ptr, batch_head, keep_threshold, keep_factor)
+
+    rows = row0 + tl.arange(0, BLOCK_M)
+    dims, dims_v = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
+    q_base = sequence.base(q_ptr, batch, head, q_start, stride_qb, stride_qh, stride_qs)
+    q_ptrs = sequence.tile(q_base, row0, tl.arange(0, BLOCK_M)[:, None], stride_qs, dims)
+    q = sequence.load(q_ptrs, rows[:, None], len_q, dims, HEAD_DIM, BLOCK_D, True)  # [M, D]
+    q = score.signed(q, rule, F)
+    if F.is_paged:
+        table_ptr += batch.to(tl.int64) * stride_table
+        k_base = k_ptr + (head // group).to(tl.int64) * stride_kh
+        v_base = v_ptr + (head // group).to(tl.int64) * stride_vh
+    else:
+        k_base = sequence.base(k_ptr, batch, head // group, k_start, stride_kb, stride_kh, stride_ks)
+        v_base = sequence.base(v_ptr, batch, head // group, k_start, stride_vb, stride_vh, stride_vs)
+
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    first, full_first, full_end, end = mask.key_tiles(row0, band, F, BLOCK_M, BLOCK_N)
+    for i in tl.range(full_first, full_end):
+        acc, row_max, row_sum = _fold_tile(
+            acc, row_max, row_sum, q, k_base, v_base, rows, i * BLOCK_N, table_ptr, page_size,
+            stride_kb, stride_ks, stride_vb, stride_vs, band, rule, drop, BLOCK_N, HEAD_DIM, HEAD_DIM_V, F, False,
+        )  # fmt: skip
+    for i in tl.range(0, end - first - (full_end - full_first)):
+        col0 = mask.masked_tile(i, first, full_first, full_end) * BLOCK_N
+        acc, row_max, row_sum = _fold_tile(
+            acc, row_max, row_sum, q, k_base, v_base, rows, col0, table_ptr, page_size,
+            stride_kb, stride_ks, stride_vb, stride_vs, band, rule, drop, BLOCK_N, HEAD_DIM, HEAD_DIM_V, F, True,
+        )  # fmt: skip
+
+    factor, lse = softmax.finish(row_max, row_sum)
+    if F.has_dropout:
+        factor *= keep_factor
+    lse_base = lse_ptr + batch.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh + q_start
+    tl.store(lse_base + rows, lse, mask=rows < len_q)
+    out_base = sequence.base(out_ptr, batch, head, q_start, stride_ob, stride_oh, stride_os)
+    out_ptrs = sequence.tile(out_base, row0, tl.arange(0, BLOCK_M)[:, None], stride_os, dims_v)
+    out = (acc * factor[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptrs, out, mask=(rows < len_q)[:, None] & (dims_v < HEAD_DIM_V))

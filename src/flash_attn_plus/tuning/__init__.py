@@ -1,0 +1,1 @@
+"""Which tiles a kernel uses: tables with a reason for each row, chosen without running anything."""
