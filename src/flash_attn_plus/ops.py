@@ -1,12 +1,14 @@
 """The engine's operators: schemas, fakes, the allocation of every output, and the call into a backend."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from flash_attn_plus import env
 from flash_attn_plus.errors import InvalidArgument
 from flash_attn_plus.problem import AttentionInputs, AttentionProblem, check_arguments, check_values, describe
-from flash_attn_plus.selection import choose
+from flash_attn_plus.selection import choose, state
 
 _SEQUENCES = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? seqused_k,"
@@ -35,20 +37,27 @@ def _lse_shape(q: Tensor, is_varlen: bool) -> tuple[int, ...]:
 
 def allocate_outputs(q: Tensor, v: Tensor, is_varlen: bool) -> tuple[Tensor, Tensor]:
     """Contiguous `out` like q with v's head dim, and float32 `lse`: the only place that makes them."""
+    if q.dim() == 4 and not is_varlen and q.dtype != torch.float64 and q.is_contiguous() and q.shape[-1] == v.shape[-1]:
+        b, s, h, _ = q.shape
+        return torch.empty_like(q), torch.empty((b, h, s), dtype=torch.float32, device=q.device)  # half the host time
     out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return out, torch.empty(_lse_shape(q, is_varlen), dtype=lse_dtype, device=q.device)
+
+
+def _is_empty(problem: AttentionProblem) -> bool:
+    return problem.seqlen_q == 0 or problem.seqlen_k == 0
 
 
 def run_forward(problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:
     """Fill out and lse by the chosen backend."""
     if out.numel() == 0 and lse.numel() == 0:
         return
-    if problem.seqlen_k == 0 or problem.seqlen_q == 0:
+    if _is_empty(problem):
         out.zero_()
         lse.fill_(float("inf"))
         return
-    choose(problem).forward(problem, inputs, out, lse)
+    choose(problem, inputs).forward(problem, inputs, out, lse)
 
 
 def run_backward(
@@ -64,11 +73,11 @@ def run_backward(
 ) -> Tensor:
     """Fill dq, dk and dv by the chosen backend; returns delta, float32 like lse."""
     delta = torch.empty_like(lse)
-    if problem.seqlen_q == 0 or problem.seqlen_k == 0 or lse.numel() == 0 or dk.numel() == 0:
+    if _is_empty(problem) or lse.numel() == 0 or dk.numel() == 0:
         for x in (dq, dk, dv, delta):
             x.zero_()
         return delta
-    choose(problem).backward(problem, inputs, dout, out, lse, dlse, dq, dk, dv, delta)
+    choose(problem, inputs).backward(problem, inputs, dout, out, lse, dlse, dq, dk, dv, delta)
     return delta
 
 
@@ -98,8 +107,43 @@ def gather_inputs(
     return inputs
 
 
+def _shape_of(x: Tensor | None) -> tuple | None:
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.device)
+
+
+# Plans of recent calls: validation, description, choice and launch are worked out once for calls that differ in
+# their tensors' contents only. Emptied when full, which a stream of ever new shapes brings about.
+_plans: dict[tuple, Callable[..., None]] = {}
+_MAX_PLANS = 4096
+
+
 def _forward(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k, block_table,
+    alibi_slopes, rng_state, dropout_p, softmax_scale, window_size_left, window_size_right, softcap,
+):  # fmt: skip
+    key = (
+        q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device,
+        v.shape, v.stride(), v.dtype, v.device, (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
+        max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, window_size_left, window_size_right, softcap, state(),
+        *map(_shape_of, (cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table, alibi_slopes, rng_state)),
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        return _forward_unplanned(
+            key, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k, block_table,
+            alibi_slopes, rng_state, dropout_p, softmax_scale, window_size_left, window_size_right, softcap,
+        )  # fmt: skip
+    out, lse = allocate_outputs(q, v, cu_seqlens_q is not None)
+    inputs = AttentionInputs(
+        q, k, v, softmax_scale, softcap, dropout_p,
+        cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table, alibi_slopes, rng_state,
+    )  # fmt: skip
+    plan(inputs, out, lse)
+    return out, lse
+
+
+def _forward_unplanned(
+    key, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k, block_table,
     alibi_slopes, rng_state, dropout_p, softmax_scale, window_size_left, window_size_right, softcap,
 ):  # fmt: skip
     inputs = gather_inputs(
@@ -110,7 +154,16 @@ def _forward(
         check_values(inputs, max_seqlen_q, max_seqlen_k)
     problem = describe(inputs, max_seqlen_q, max_seqlen_k, window_size_left, window_size_right)
     out, lse = allocate_outputs(q, v, cu_seqlens_q is not None)
-    run_forward(problem, inputs, out, lse)
+    if _is_empty(problem) or out.numel() == 0:
+        run_forward(problem, inputs, out, lse)
+        return out, lse
+    plan = choose(problem, inputs).plan_forward(problem, inputs)
+    plan(inputs, out, lse)
+    was_copied = inputs.q is not q or inputs.k is not k or inputs.v is not v
+    if not (was_copied or env.debug()):
+        if len(_plans) >= _MAX_PLANS:
+            _plans.clear()
+        _plans[key] = plan
     return out, lse
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from flash_attn_plus import env
 from flash_attn_plus.backends.base import Backend
 from flash_attn_plus.errors import NoBackend
-from flash_attn_plus.problem import AttentionProblem
+from flash_attn_plus.problem import AttentionInputs, AttentionProblem
 
 # name -> (module, class); imported when first asked for, so that no optional package is touched before.
 _REGISTRY = {
@@ -90,10 +90,14 @@ def _order(problem: AttentionProblem, prefers_flaggems: bool | None) -> tuple[st
 
 
 @lru_cache(maxsize=8192)
-def _choose(problem: AttentionProblem, forced: str | None, prefers_flaggems: bool | None) -> Backend:
+def _choose(
+    problem: AttentionProblem, forced: str | None, prefers_flaggems: bool | None, excluded: tuple[tuple[str, str], ...]
+) -> Backend:
     order = (forced,) if forced else _order(problem, prefers_flaggems)
-    refusals: dict[str, list[str]] = {}
+    refusals = {name: [why] for name, why in excluded}
     for name in order:
+        if name in refusals:
+            continue
         reasons = _reasons(name, problem)
         if not reasons:
             if prefers_flaggems is not None and refusals and not forced and problem.device.type != "cpu":
@@ -120,9 +124,20 @@ def forced_backend() -> str | None:
     return name
 
 
-def choose(problem: AttentionProblem) -> Backend:
-    """The backend that serves the problem; raises NoBackend with everybody's reasons."""
-    return _choose(problem, forced_backend(), env.use_flaggems())
+def choose(problem: AttentionProblem, inputs: AttentionInputs | None = None) -> Backend:
+    """The backend that serves the problem, and these inputs of it; raises NoBackend with everybody's reasons."""
+    forced, preference, excluded = forced_backend(), env.use_flaggems(), ()
+    while True:
+        backend = _choose(problem, forced, preference, excluded)
+        found = backend.input_reasons(inputs) if inputs is not None else []
+        if not found:
+            return backend
+        excluded += ((backend.name, "; ".join(found)),)
+
+
+def state() -> tuple:
+    """What a remembered choice depends on besides the problem."""
+    return (env.snapshot(), *_forced)
 
 
 def explain_problem(problem: AttentionProblem) -> Explanation:

@@ -1,7 +1,9 @@
 """What a backend is: its limits as data, and two functions that fill given outputs."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,6 +49,17 @@ class Backend(ABC):
         """Every reason why this backend does not serve the problem; empty means that it does."""
         missing = self.unavailable()
         return [missing] if missing else self.capability.reasons(problem)
+
+    def input_reasons(self, inputs: AttentionInputs) -> list[str]:
+        """Reasons that only the tensors tell, such as alignment; asked after `reasons` found none."""
+        return []
+
+    def plan_forward(self, problem: AttentionProblem, inputs: AttentionInputs) -> Callable[..., None]:
+        """What runs `forward(problem, ...)` for these inputs and any others of the same shapes, strides and numbers.
+
+        A backend with costly launches overrides it to work out once what such calls share.
+        """
+        return partial(self.forward, problem)
 
     @abstractmethod
     def forward(self, problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:

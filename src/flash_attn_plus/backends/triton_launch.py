@@ -6,8 +6,11 @@ from collections.abc import Callable
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from flash_attn_plus import device, env
+from flash_attn_plus.backends import triton_replay
+from flash_attn_plus.backends.triton_replay import Replay
 from flash_attn_plus.kernels.features import Features
 from flash_attn_plus.kernels.triton import backward as backward_kernels
 from flash_attn_plus.kernels.triton import forward as forward_kernels
@@ -82,32 +85,57 @@ def launch_first_fitting(key: tuple, configs: list[TileConfig], run: Callable[[T
         return
 
 
+class ForwardPlan:
+    """The forward launch of calls that share shapes, strides and numbers."""
+
+    def __init__(self, problem: AttentionProblem, inputs: AttentionInputs):
+        self._problem = p = problem
+        self._facts = device.probe(p.device)
+        self._features = features(p, inputs)
+        self._replay: Replay | None = None
+        packed_k = p.is_varlen_k
+        self._strides_qkv = (
+            *_row_strides(inputs.q, p.is_varlen_q),
+            *_row_strides(inputs.k, packed_k),
+            *_row_strides(inputs.v, packed_k),
+        )
+        table_stride = inputs.block_table.stride(0) if p.page_size else 0
+        self._rest = (
+            table_stride, _slope_stride(inputs.alibi_slopes), p.seqlen_q, p.seqlen_k, p.heads, p.heads // p.heads_k,
+            p.left, p.right, p.page_size, *_scalars(inputs),
+            p.head_dim, p.head_dim_v, _power_of_two(p.head_dim), _power_of_two(p.head_dim_v),
+        )  # fmt: skip
+
+    def __call__(self, x: AttentionInputs, out: Tensor, lse: Tensor) -> None:
+        """Launch on the current stream of the problem's device."""
+        extras = (x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_k, x.leftpad_k, x.block_table, x.alibi_slopes, x.rng_state)
+        tensors = (x.q, x.k, x.v, out, lse, *extras)
+        with _on(self._problem.device):
+            if self._replay is not None and triton_replay.may_replay() and triton_replay.are_aligned(tensors):
+                self._replay(*tensors)
+            else:
+                self._launch(tensors, out, lse)
+
+    def _launch(self, tensors: tuple, out: Tensor, lse: Tensor) -> None:
+        p, packed_q = self._problem, self._problem.is_varlen_q
+        strides = (*self._strides_qkv, *_row_strides(out, packed_q), *_statistic_strides(lse, packed_q))
+
+        def run(c: TileConfig) -> None:
+            grid = (-(-p.seqlen_q // c.block_m) * p.heads * p.batch,)
+            tail = (*strides, *self._rest, c.block_m, c.block_n, self._features)
+            compiled = forward_kernels.attention_forward_kernel[grid](
+                *tensors, *tail, num_warps=c.num_warps, num_stages=c.num_stages
+            )
+            if triton_replay.IS_PROVEN and isinstance(compiled, CompiledKernel) and triton_replay.are_aligned(tensors):
+                self._replay = Replay(compiled, grid, tail, p.device)
+
+        key = ("forward", p.device, p.dtype, p.head_dim, p.head_dim_v, self._features)
+        launch_first_fitting(key, heuristics.forward(p, self._facts), run)
+
+
 def forward(problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:
     """Launch the forward kernel."""
-    p, x = problem, inputs
-    F = features(p, x)
-    packed_k = p.is_varlen_k
-    table_stride = x.block_table.stride(0) if p.page_size else 0
-    arguments = (
-        x.q, x.k, x.v, out, lse, x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_k, x.leftpad_k, x.block_table,
-        x.alibi_slopes, x.rng_state,
-        *_row_strides(x.q, p.is_varlen_q), *_row_strides(x.k, packed_k), *_row_strides(x.v, packed_k),
-        *_row_strides(out, p.is_varlen_q), *_statistic_strides(lse, p.is_varlen_q), table_stride, _slope_stride(x.alibi_slopes),
-        p.seqlen_q, p.seqlen_k, p.heads, p.heads // p.heads_k, p.left, p.right, p.page_size, *_scalars(x),
-        p.head_dim, p.head_dim_v, _power_of_two(p.head_dim), _power_of_two(p.head_dim_v),
-    )  # fmt: skip
-
-    def run(c: TileConfig) -> None:
-        grid = (-(-p.seqlen_q // c.block_m) * p.heads * p.batch,)
-        forward_kernels.attention_forward_kernel[grid](
-            *arguments, c.block_m, c.block_n, F, num_warps=c.num_warps, num_stages=c.num_stages
-        )
-
-    facts = device.probe(p.device)
-    with _on(p.device):
-        launch_first_fitting(
-            ("forward", p.device, p.dtype, p.head_dim, p.head_dim_v, F), heuristics.forward(p, facts), run
-        )
+    ForwardPlan(problem, inputs)(inputs, out, lse)
 
 
 def backward(

@@ -2,15 +2,15 @@
 
 import importlib.util
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from flash_attn_plus import device, env
+from flash_attn_plus import device
 from flash_attn_plus.backends.base import Backend, Capability
 from flash_attn_plus.problem import AttentionInputs, AttentionProblem
 from flash_attn_plus.tuning import heuristics
-from flash_attn_plus.tuning.config import TileConfig
 
 _GPU_TYPES = frozenset({"cuda", "xpu", "npu", "musa", "mlu"})
 
@@ -48,6 +48,12 @@ class TritonPortable(Backend):
         if not heuristics.fits(problem, facts):
             return [f"head_dim {problem.head_dim} does not fit the {facts.shared_memory // 1024} KB of shared memory"]
         return []
+
+    def plan_forward(self, problem: AttentionProblem, inputs: AttentionInputs) -> Callable[..., None]:
+        """See Backend.plan_forward: keeps the compiled kernel and its arguments."""
+        from flash_attn_plus.backends import triton_launch
+
+        return triton_launch.ForwardPlan(problem, inputs)
 
     def forward(self, problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:
         """See Backend.forward; one kernel."""
