@@ -36,7 +36,7 @@ def make_plan(device: torch.device) -> Plan:
     """A model that the device trains within a minute or so."""
     if device.type == "cpu":
         size = Size(layers=4, heads=4, head_dim=32, seqlen=256)
-        return Plan(device, torch.float32, size, batch=8, steps=220, learning_rate=3e-3, seed=1)
+        return Plan(device, torch.float32, size, batch=8, steps=180, learning_rate=3e-3, seed=1)
     dtype = torch.bfloat16 if device.type in ("cuda", "xpu") else torch.float32
     size = Size(layers=6, heads=6, head_dim=64, seqlen=1024)
     return Plan(device, dtype, size, batch=16, steps=300, learning_rate=1e-3, seed=1)
