@@ -67,13 +67,13 @@ def attention_statistics_kernel(
 
 @triton.jit
 def _dkdv_tile(
-    dk, dv, k, v, q_base, dout_base, statistics_base, stride_qs, stride_gs, row0, cols, band, rule, drop,
+    dk, dv, k, v, q_base, dout_base, statistics_base, stride_qs, stride_gs, row0, col0, band, rule, drop,
     BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, F: tl.constexpr,
     WANTS_DK: tl.constexpr, WANTS_DV: tl.constexpr, IS_MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add what the queries [row0, row0 + BLOCK_M) contribute to one tile of keys; scores are transposed, [N, M]."""
     local = tl.arange(0, BLOCK_M)[:, None]
-    rows = row0 + tl.arange(0, BLOCK_M)
+    rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, dk.shape[0])
     dims, dims_v = tl.arange(0, dk.shape[1])[None, :], tl.arange(0, dv.shape[1])[None, :]
     q_ptrs = sequence.tile(q_base, row0, local, stride_qs, dims)
     dout_ptrs = sequence.tile(dout_base, row0, local, stride_gs, dims_v)
@@ -90,7 +90,7 @@ def _dkdv_tile(
     if IS_MASKED:
         p = tl.where(mask.keep(rows[None, :], cols[:, None], band, F), p, 0.0)
     if F.has_dropout:
-        kept = dropout.keep_bits(drop, rows[None, :], cols[:, None])
+        kept = tl.trans(dropout.keep_tile(drop, row0, col0, BLOCK_M, dk.shape[0]))
         dropped = tl.where(kept, p * drop.factor, 0.0)
     else:
         dropped = p
@@ -149,13 +149,13 @@ def attention_backward_dkdv_kernel(
         statistics_base = _statistics_base(statistics_ptr, batch, statistics_head, q_start, stride_statistics, F)
         for i in tl.range(full_first, full_end):
             dk, dv = _dkdv_tile(
-                dk, dv, k, v, q_base, dout_base, statistics_base, stride_qs, stride_gs, i * BLOCK_M, cols,
+                dk, dv, k, v, q_base, dout_base, statistics_base, stride_qs, stride_gs, i * BLOCK_M, col0,
                 band, rule, drop, BLOCK_M, HEAD_DIM, HEAD_DIM_V, F, WANTS_DK, WANTS_DV, False,
             )  # fmt: skip
         for i in tl.range(0, end - first - (full_end - full_first)):
             row0 = mask.masked_tile(i, first, full_first, full_end) * BLOCK_M
             dk, dv = _dkdv_tile(
-                dk, dv, k, v, q_base, dout_base, statistics_base, stride_qs, stride_gs, row0, cols,
+                dk, dv, k, v, q_base, dout_base, statistics_base, stride_qs, stride_gs, row0, col0,
                 band, rule, drop, BLOCK_M, HEAD_DIM, HEAD_DIM_V, F, WANTS_DK, WANTS_DV, True,
             )  # fmt: skip
 
@@ -173,11 +173,12 @@ def attention_backward_dkdv_kernel(
 
 @triton.jit
 def _dq_tile(
-    dq, q, dout, lse_log2, delta, k_base, v_base, stride_ks, stride_vs, rows, col0, band, rule, drop,
+    dq, q, dout, lse_log2, delta, k_base, v_base, stride_ks, stride_vs, row0, col0, band, rule, drop,
     BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, F: tl.constexpr, IS_MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add what the keys [col0, col0 + BLOCK_N) contribute to one tile of queries."""
     local, cols = tl.arange(0, BLOCK_N)[None, :], col0 + tl.arange(0, BLOCK_N)
+    rows = row0 + tl.arange(0, q.shape[0])
     dims, dims_v = tl.arange(0, q.shape[1])[:, None], tl.arange(0, dout.shape[1])[:, None]
     k_ptrs = sequence.tile(k_base, col0, local, stride_ks, dims)
     v_ptrs = sequence.tile(v_base, col0, local, stride_vs, dims_v)
@@ -190,7 +191,7 @@ def _dq_tile(
     if IS_MASKED:
         p = tl.where(mask.keep(rows[:, None], cols[None, :], band, F), p, 0.0)
     if F.has_dropout:
-        dp = tl.where(dropout.keep_bits(drop, rows[:, None], cols[None, :]), dp * drop.factor, 0.0)
+        dp = tl.where(dropout.keep_tile(drop, row0, col0, dq.shape[0], BLOCK_N), dp * drop.factor, 0.0)
     ds = score.derivative(p * (dp - delta[:, None]), capped, F)
     return tl.dot(ds.to(k.dtype), tl.trans(k), dq, input_precision=F.precision)
 
@@ -240,13 +241,13 @@ def attention_backward_dq_kernel(
     first, full_first, full_end, end = mask.key_tiles(row0, band, F, BLOCK_M, BLOCK_N)
     for i in tl.range(full_first, full_end):
         dq = _dq_tile(
-            dq, q, dout, lse_log2, delta, k_base, v_base, stride_ks, stride_vs, rows, i * BLOCK_N,
+            dq, q, dout, lse_log2, delta, k_base, v_base, stride_ks, stride_vs, row0, i * BLOCK_N,
             band, rule, drop, BLOCK_N, HEAD_DIM, HEAD_DIM_V, F, False,
         )  # fmt: skip
     for i in tl.range(0, end - first - (full_end - full_first)):
         col0 = mask.masked_tile(i, first, full_first, full_end) * BLOCK_N
         dq = _dq_tile(
-            dq, q, dout, lse_log2, delta, k_base, v_base, stride_ks, stride_vs, rows, col0,
+            dq, q, dout, lse_log2, delta, k_base, v_base, stride_ks, stride_vs, row0, col0,
             band, rule, drop, BLOCK_N, HEAD_DIM, HEAD_DIM_V, F, True,
         )  # fmt: skip
     factor = scale

@@ -11,13 +11,22 @@ ROUNDS: tl.constexpr = tl.constexpr(7)
 
 
 @triton.jit
-def keep_bits(drop, rows, cols):
-    """bool of the broadcast shape of rows and cols: the weight is kept."""
+def _halves(word, threshold):
+    """[M, G, 2] int8: whether the low and the high half of each word are kept."""
+    low = (word & 0xFFFF).to(tl.int32) < threshold
+    high = (word >> 16).to(tl.int32) < threshold
+    return tl.join(low.to(tl.int8), high.to(tl.int8))
+
+
+@triton.jit
+def keep_tile(drop, row0, col0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[M, N] bool: the weights of a tile that are kept; col0 is a multiple of 8."""
+    row = row0 + tl.arange(0, BLOCK_M)[:, None] + tl.zeros([1, BLOCK_N // 8], tl.int32)
+    group = col0 // 8 + tl.arange(0, BLOCK_N // 8)[None, :] + tl.zeros([BLOCK_M, 1], tl.int32)
     seed = tl.load(drop.rng_ptr)
     offset = tl.load(drop.rng_ptr + 1)
-    col, row = rows * 0 + cols, rows + cols * 0
     w0, w1, w2, w3 = tl.philox_impl(
-        (col // 8).to(tl.uint32),
+        group.to(tl.uint32),
         row.to(tl.uint32),
         (row * 0 + drop.batch_head).to(tl.uint32),
         (row * 0 + offset).to(tl.uint32),
@@ -25,7 +34,7 @@ def keep_bits(drop, rows, cols):
         ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32),
         ROUNDS,
     )
-    index = col % 8
-    word = tl.where(index < 4, tl.where(index < 2, w0, w1), tl.where(index < 6, w2, w3))
-    number = tl.where(index % 2 == 0, word & 0xFFFF, word >> 16)
-    return number.to(tl.int32) < drop.threshold
+    front = tl.join(_halves(w0, drop.threshold), _halves(w1, drop.threshold))  # [M, G, half, word]
+    back = tl.join(_halves(w2, drop.threshold), _halves(w3, drop.threshold))
+    kept = tl.join(front, back).permute(0, 1, 4, 3, 2)  # [M, G, pair, word, half]: the order of the columns
+    return kept.reshape([BLOCK_M, BLOCK_N]) != 0

@@ -9,12 +9,12 @@ from flash_attn_plus.kernels.triton.call import Band, Drop, Rule
 
 @triton.jit
 def _fold_tile(
-    acc, row_max, row_sum, q, k_base, v_base, rows, col0, table_ptr, page_size,
+    acc, row_max, row_sum, q, k_base, v_base, row0, col0, table_ptr, page_size,
     stride_kb, stride_ks, stride_vb, stride_vs, band, rule, drop, BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, F: tl.constexpr, IS_MASKED: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys [col0, col0 + BLOCK_N) into the accumulator."""
-    cols = tl.arange(0, BLOCK_N)
+    rows, cols = row0 + tl.arange(0, q.shape[0]), tl.arange(0, BLOCK_N)
     dims, dims_v = tl.arange(0, q.shape[1])[:, None], tl.arange(0, acc.shape[1])[None, :]
     if F.is_paged:
         k_ptrs = sequence.paged_tile(
@@ -34,7 +34,8 @@ def _fold_tile(
         scores = tl.where(mask.keep(rows[:, None], cols[None, :], band, F), scores, float("-inf"))
     weights, decay, row_max, row_sum = softmax.step(scores, score.multiplier(rule, F), row_max, row_sum)
     if F.has_dropout:
-        weights = tl.where(dropout.keep_bits(drop, rows[:, None], cols[None, :]), weights, 0.0)
+        kept = dropout.keep_tile(drop, row0, col0, acc.shape[0], BLOCK_N)
+        weights = tl.where(kept, weights, 0.0)
     v = sequence.load(v_ptrs, cols[:, None], band.len_k, dims_v, HEAD_DIM_V, acc.shape[1], IS_MASKED)  # [N, DV]
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=F.precision)
     return acc, row_max, row_sum
@@ -87,13 +88,13 @@ def attention_forward_kernel(
     first, full_first, full_end, end = mask.key_tiles(row0, band, F, BLOCK_M, BLOCK_N)
     for i in tl.range(full_first, full_end):
         acc, row_max, row_sum = _fold_tile(
-            acc, row_max, row_sum, q, k_base, v_base, rows, i * BLOCK_N, table_ptr, page_size,
+            acc, row_max, row_sum, q, k_base, v_base, row0, i * BLOCK_N, table_ptr, page_size,
             stride_kb, stride_ks, stride_vb, stride_vs, band, rule, drop, BLOCK_N, HEAD_DIM, HEAD_DIM_V, F, False,
         )  # fmt: skip
     for i in tl.range(0, end - first - (full_end - full_first)):
         col0 = mask.masked_tile(i, first, full_first, full_end) * BLOCK_N
         acc, row_max, row_sum = _fold_tile(
-            acc, row_max, row_sum, q, k_base, v_base, rows, col0, table_ptr, page_size,
+            acc, row_max, row_sum, q, k_base, v_base, row0, col0, table_ptr, page_size,
             stride_kb, stride_ks, stride_vb, stride_vs, band, rule, drop, BLOCK_N, HEAD_DIM, HEAD_DIM_V, F, True,
         )  # fmt: skip
 

@@ -148,10 +148,10 @@ def norm_backward_kernel(
                 dweight1 += dy1 * normed
             if dbias1_ptr is not None:
                 dbias1 += dy1
-        dt = dnormed - normed * (tl.sum(normed * dnormed, 1) / N)[:, None]
+        slope = tl.sum(normed * dnormed, 1) / N
         if not F.is_rms_norm:
-            dt -= (tl.sum(dnormed, 1) / N)[:, None]
-        dt *= rstd
+            dnormed -= (tl.sum(dnormed, 1) / N)[:, None]
+        dt = (dnormed - normed * slope[:, None]) * rstd
         if dt_ptr is not None:  # the gradient that arrives at t itself
             dt += _load_rows(dt_ptr, dt_stride, rows, cols, inside)
         if dresidual_ptr is not None:
