@@ -6,7 +6,15 @@ from cases import cache, crossed, dense, varlen
 from serving import BACKENDS, served
 
 from flash_attn_plus import attention, use_backend
-from flash_attn_plus.testing import assert_close, make_inputs, run_backward, run_engine, run_forward, run_reference
+from flash_attn_plus.testing import (
+    assert_close,
+    assert_matches_reference,
+    make_inputs,
+    run_backward,
+    run_engine,
+    run_forward,
+    run_reference,
+)
 
 
 def only(names, *families):
@@ -88,6 +96,22 @@ def test_public_call_differentiates_out_and_lse(backend, case, dtype, device):
         direct = run_engine(call, with_gradients=True, with_dlse=True)
     for got, name in ((out, "out"), (lse, "lse"), (q.grad, "dq"), (k.grad, "dk"), (v.grad, "dv")):
         assert torch.equal(got, direct[name])
+
+
+@served(only("varlen_causal used paged_19 alibi_batch dropout", dense, varlen, cache), (torch.float32,))
+def test_call_of_equal_shapes_reads_its_own_contents(backend, case, dtype, device):
+    """What a first call worked out may serve a second one, but never its lengths, tables, slopes or seeds."""
+    first, second = (make_inputs(case, dtype, device, seed=seed) for seed in (0, 1))
+    x = second.inputs
+    if x.cu_seqlens_q is not None:
+        other = case._replace(lengths_q=case.lengths_q[::-1], lengths_k=case.lengths_k[::-1])
+        second = make_inputs(other, dtype, device, seed=1)
+    elif x.seqused_k is not None:
+        second = make_inputs(case._replace(used=case.used[::-1]), dtype, device, seed=1)
+    with use_backend(backend):
+        run_engine(first, with_gradients=case.has_backward)
+        results = run_engine(second, with_gradients=case.has_backward)
+    assert_matches_reference(second, results)
 
 
 GRADCHECK = {
