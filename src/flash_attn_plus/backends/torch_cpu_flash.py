@@ -21,7 +21,8 @@ from flash_attn_plus.backends.torch_tiles import accumulation_dtype, alibi_bias
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _BIAS_NUMBERS = 2**22  # of one row block's ALiBi bias: 16 MiB
-_BLOCK_ROWS = (32, 256)  # bounds of a row block
+_MIN_ROWS, _NARROW_ROWS, _WIDE_ROWS = 32, 64, 256  # of a row block; measured from windows of 64 to 4096 keys
+_NARROW_BAND = 768  # keys; below it small blocks, which compute fewer hidden scores, are fastest
 
 
 class Pieces(NamedTuple):
@@ -43,12 +44,10 @@ def pieces(band: Band) -> Pieces:
 
 
 def block_rows(band: Band, bias_heads: int) -> int:
-    """Rows of a block: few enough that a narrow band wastes little work on hidden keys and a bias stays small."""
-    smallest, largest = _BLOCK_ROWS
-    wanted = largest
-    if band.left >= 0 and band.right >= 0:
-        wanted = max(64, min(largest, (band.left + band.right) // 4))
-    return max(smallest, min(wanted, _BIAS_NUMBERS // (bias_heads * band.len_k)))
+    """Rows of a block: few where a narrow band would hide much of a larger tile, or where the bias has many heads."""
+    is_narrow = band.left >= 0 and band.right >= 0 and band.left + band.right < _NARROW_BAND
+    wanted = _NARROW_ROWS if is_narrow else _WIDE_ROWS
+    return max(_MIN_ROWS, min(wanted, _BIAS_NUMBERS // (bias_heads * band.keys_per_block(wanted))))
 
 
 def _operand(x: Tensor, dim: int) -> Tensor:
