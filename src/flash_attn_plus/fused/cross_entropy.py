@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flash_attn_plus.fused import cross_entropy_torch, launch
+from flash_attn_plus.fused.collective import all_gather
 from flash_attn_plus.fused.path import on_device, uses_triton
 
 _NUMBERS = (
@@ -97,8 +98,7 @@ for _name, _implementation, _fake in (
 def _merge_split(losses, lse, labels, numbers, process_group) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, logsumexp and z-losses over the whole vocabulary from every rank's part of it."""
     smoothing, _, lse_square_scale, ignore_index, _, total_classes = numbers
-    every_lse = torch.empty(dist.get_world_size(process_group), lse.shape[0], dtype=lse.dtype, device=lse.device)
-    dist.all_gather_into_tensor(every_lse, lse.contiguous(), group=process_group)
+    every_lse = all_gather(lse, process_group).view(-1, lse.shape[0])
     work = dist.all_reduce(losses, op=dist.ReduceOp.SUM, group=process_group, async_op=True)
     lse = torch.logsumexp(every_lse, dim=0)
     work.wait()

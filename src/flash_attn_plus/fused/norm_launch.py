@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from flash_attn_plus.device import probe
+from flash_attn_plus import device
 from flash_attn_plus.dropout import keep_threshold
 from flash_attn_plus.fused import launch
 from flash_attn_plus.fused.path import on_device
@@ -26,7 +26,7 @@ def norm_forward(
     from flash_attn_plus.kernels.triton.norm import NormFlags, norm_forward_kernel
 
     rows, cols = x.shape
-    config = launch.norm_forward(cols, probe(x.device))
+    config = launch.norm_forward(cols, device.probe(x.device))
     with on_device(x):
         norm_forward_kernel[(-(-rows // config.block_rows),)](
             x, residual, x1, rowscale, seeds, weight, bias, weight1, bias1, y, y1, t, mean, rstd, mask, mask1,
@@ -45,7 +45,7 @@ def norm_backward(
     from flash_attn_plus.kernels.triton.norm import NormFlags, norm_backward_kernel
 
     rows, cols = t.shape
-    facts = probe(t.device)
+    facts = device.probe(t.device)
     row_tensors = 2 + (dy1 is not None) + (dt is not None)
     config = launch.norm_backward(cols, t.element_size(), row_tensors, facts)
     programs = launch.norm_backward_programs(rows, config, facts)
