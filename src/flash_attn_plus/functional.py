@@ -5,8 +5,9 @@ from torch import Tensor
 
 from flash_attn_plus import ops
 from flash_attn_plus.autograd import Attention, dropout_state
+from flash_attn_plus.checks import check_arguments
 from flash_attn_plus.errors import InvalidArgument
-from flash_attn_plus.problem import AttentionProblem, check_arguments, describe
+from flash_attn_plus.problem import AttentionProblem, describe
 from flash_attn_plus.selection import Explanation, explain_problem
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from flash_attn_plus import env
+from flash_attn_plus.checks import check_arguments, check_values
 from flash_attn_plus.errors import InvalidArgument
-from flash_attn_plus.problem import AttentionInputs, AttentionProblem, check_arguments, check_values, describe
+from flash_attn_plus.problem import AttentionInputs, AttentionProblem, describe
 from flash_attn_plus.selection import choose, state
 
 _SEQUENCES = (

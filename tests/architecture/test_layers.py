@@ -9,6 +9,7 @@ from source_tree import DROPIN, ENGINE, imported_at_load, imported_modules, pyth
 LAYERS = (
     {"errors", "env", "kernels"},
     {"device", "dropout", "problem"},
+    {"checks"},
     {"tuning"},
     {"backends"},
     {"selection"},
@@ -21,7 +22,7 @@ LAYERS = (
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 FACE = "__init__"
 KERNEL_LIBRARIES = {"flash_attn_plus.kernels", "triton", "typing", "collections"}
-MAY_IMPORT_TRITON = ("kernels/", "backends/triton_")
+MAY_IMPORT_TRITON = ("kernels/", "backends/triton_", "backends/gluon_")
 ENGINE_FILES = python_files(ENGINE)
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from flash_attn_plus import InvalidArgument, attention
-from flash_attn_plus.problem import AttentionInputs, check_arguments, check_values, describe, normalize_band
+from flash_attn_plus.checks import check_arguments, check_values
+from flash_attn_plus.problem import AttentionInputs, describe, normalize_band
 from flash_attn_plus.reference import visible
 
 

@@ -5,8 +5,9 @@ from torch import Tensor
 
 from flash_attn._checks import check_rows, deliver
 from flash_attn_plus import env, ops
+from flash_attn_plus.checks import check_arguments
 from flash_attn_plus.errors import InvalidArgument
-from flash_attn_plus.problem import AttentionInputs, check_arguments
+from flash_attn_plus.problem import AttentionInputs
 
 
 def _check_cache(q, k_cache, v_cache, cache_seqlens, cache_batch_idx, leftpad_k, block_table, num_splits) -> None:
