@@ -73,7 +73,7 @@ def recorded(module: object, names: tuple[str, ...], target: str) -> Iterator[li
     """Record launches of the named kernels of a module as if the tensors' device were the target."""
     launches: list[Launch] = []
     patches = [mock.patch.object(module, n, _Recorder(getattr(module, n), launches)) for n in names]
-    patches.append(mock.patch("flash_attn_plus.device.probe", lambda where: device_of(target)))
+    patches.append(mock.patch("flash_attn_plus.device.probe", return_value=device_of(target)))
     for patch in patches:
         patch.start()
     try:

@@ -68,6 +68,11 @@ def _slope_stride(slopes: Tensor | None) -> int:
 _fitting: dict[tuple, TileConfig] = {}
 
 
+def forget_fitting() -> None:
+    """Try every configuration anew, as after a change of the device's facts."""
+    _fitting.clear()
+
+
 def launch_first_fitting(key: tuple, configs: list[TileConfig], run: Callable[[TileConfig], None]) -> None:
     """Run with the first configuration that the device takes, and remember it for the key."""
     known = _fitting.get(key)

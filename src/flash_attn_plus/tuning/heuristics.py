@@ -1,49 +1,139 @@
-"""(problem, device) -> launch configurations, best first; later ones need less shared memory."""
+"""(problem, device) -> launch configurations, best first; later ones need less shared memory.
+
+Rows marked "measured" were the fastest of a sweep on that device; the others are the largest tiles that compile
+without spilling registers for the target (tests/compile holds them to it).
+"""
+
+from functools import lru_cache
 
 from flash_attn_plus.device import Device
 from flash_attn_plus.problem import AttentionProblem
-from flash_attn_plus.tuning.config import TileConfig
+from flash_attn_plus.tuning.config import TileConfig as C
+
+_INTERPRETER = (C(32, 32, 4, 1),)
+# Any target, when nothing above fits: ever smaller tiles, one stage.
+_SMALLER = (C(64, 32, 4, 1), C(32, 32, 4, 1), C(32, 16, 4, 1), C(16, 16, 4, 1))
+# float32 products are not done by 16-bit tensor cores; their operands live in registers, so tiles stay small.
+_FLOAT32 = (C(32, 32, 4, 1), C(32, 16, 4, 1), C(16, 16, 4, 1))
+
+# family -> largest head dim -> configurations for 16-bit inputs
+_FORWARD: dict[str, dict[int, tuple[C, ...]]] = {
+    # 8 warps hold 128 x 128 scores beside the accumulator; three stages just fit 227 KB. Measured.
+    "cuda90": {64: (C(128, 64, 4, 3),), 128: (C(128, 128, 8, 3),), 256: (C(128, 64, 8, 2),), 512: (C(64, 32, 8, 1),)},
+    "cuda100": {64: (C(128, 64, 8, 2),), 128: (C(128, 64, 8, 2),), 256: (C(128, 64, 8, 1),), 512: (C(64, 32, 8, 1),)},
+    "cuda80": {64: (C(128, 64, 4, 3),), 128: (C(64, 64, 4, 2),), 256: (C(128, 32, 8, 2),), 512: (C(64, 32, 8, 1),)},
+    # 99 KB of shared memory: two stages.
+    "cuda86": {64: (C(128, 64, 4, 2),), 128: (C(128, 64, 8, 2),), 256: (C(64, 32, 4, 1),), 512: (C(32, 16, 4, 1),)},
+    # 64 KB of shared memory; wavefronts of 64.
+    "cdna": {64: (C(128, 64, 8, 2),), 128: (C(128, 64, 8, 2),), 256: (C(64, 32, 4, 1),), 512: (C(16, 16, 4, 1),)},
+    # Matrix operands are held twice in registers there.
+    "rdna": {64: (C(64, 64, 4, 1),), 128: (C(64, 32, 4, 1),), 256: (C(64, 32, 4, 1),), 512: (C(16, 16, 4, 1),)},
+}
+_DKDV: dict[str, dict[int, tuple[C, ...]]] = {
+    # Some tens of spilled registers outside the products cost less than halving a tile. Measured.
+    "cuda90": {
+        64: (C(64, 64, 4, 3),),
+        128: (C(64, 128, 8, 3),),
+        256: (C(32, 128, 8, 2, is_split=True),),
+        512: (C(16, 32, 8, 1, is_split=True),),
+    },
+    "cuda80": {
+        64: (C(32, 64, 8, 2),),
+        128: (C(32, 64, 8, 1),),
+        256: (C(32, 64, 8, 1, is_split=True),),
+        512: (C(16, 32, 8, 1, is_split=True),),
+    },
+    "cdna": {
+        64: (C(64, 64, 4, 2),),
+        128: (C(32, 64, 4, 2),),
+        256: (C(16, 32, 4, 1, is_split=True),),
+        512: (C(16, 16, 4, 1, is_split=True),),
+    },
+    "rdna": {
+        64: (C(16, 64, 8, 1),),
+        128: (C(16, 64, 8, 1, is_split=True),),
+        256: (C(16, 32, 4, 1, is_split=True),),
+        512: (C(16, 16, 4, 1, is_split=True),),
+    },
+}
+_DQ: dict[str, dict[int, tuple[C, ...]]] = {
+    # Measured.
+    "cuda90": {64: (C(64, 64, 4, 3),), 128: (C(128, 64, 8, 3),), 256: (C(128, 32, 8, 2),), 512: (C(32, 16, 8, 1),)},
+    "cuda80": {64: (C(128, 32, 8, 2),), 128: (C(64, 64, 8, 2),), 256: (C(64, 32, 8, 1),), 512: (C(32, 16, 8, 1),)},
+    "cdna": {64: (C(128, 64, 8, 2),), 128: (C(128, 32, 8, 2),), 256: (C(32, 32, 4, 1),), 512: (C(16, 16, 4, 1),)},
+    "rdna": {64: (C(32, 32, 4, 1),), 128: (C(32, 32, 4, 1),), 256: (C(32, 16, 4, 1),), 512: (C(16, 16, 4, 1),)},
+}
+# Families that share another's rows where a table has none of their own.
+_LIKE = {"cuda70": "cuda86", "cuda86": "cuda80", "cuda89": "cuda86", "cuda100": "cuda90", "cuda120": "cuda86"}
+_LIKE |= {"rdna": "cdna", "other": "cdna"}
 
 
 def _padded(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def forward_bytes(p: AttentionProblem, c: TileConfig) -> int:
+def _rows(table: dict[str, dict[int, tuple[C, ...]]], family: str, head_dim: int) -> tuple[C, ...]:
+    while family not in table:
+        family = _LIKE[family]
+    return next(rows for largest, rows in table[family].items() if head_dim <= largest)
+
+
+def _stream_bytes(p: AttentionProblem, resident: int, streamed: int, c: C) -> int:
+    """Shared memory of a kernel that keeps some rows and streams others in stages, each with both head dims."""
+    width = (_padded(p.head_dim) + _padded(p.head_dim_v)) * p.dtype.itemsize
+    return (resident + c.num_stages * streamed) * width
+
+
+def forward_bytes(p: AttentionProblem, c: C) -> int:
     """Shared memory of the forward kernel: the query tile and the stages of keys and values."""
-    d, dv = _padded(p.head_dim), _padded(p.head_dim_v)
-    return (c.block_m * d + c.num_stages * c.block_n * (d + dv)) * p.dtype.itemsize
+    queries = c.block_m * _padded(p.head_dim) * p.dtype.itemsize
+    return queries + _stream_bytes(p, 0, c.block_n, c)
 
 
-_INTERPRETER = [TileConfig(32, 32, 4, 1)]
+def dkdv_bytes(p: AttentionProblem, c: C) -> int:
+    """Shared memory of the dk/dv kernel: a tile of keys and values, the stages of queries and output gradients."""
+    return _stream_bytes(p, c.block_n, c.block_m, c)
 
 
-def forward(p: AttentionProblem, device: Device) -> list[TileConfig]:
+def dq_bytes(p: AttentionProblem, c: C) -> int:
+    """Shared memory of the dq kernel: a tile of queries and output gradients, the stages of keys and values."""
+    return _stream_bytes(p, c.block_m, c.block_n, c)
+
+
+def _ladder(table, p: AttentionProblem, device: Device, size) -> list[C]:
+    if device.family == "interpreter":
+        return list(_INTERPRETER)
+    head_dim = max(p.head_dim, p.head_dim_v)
+    first = _FLOAT32 if p.dtype.itemsize == 4 else (*_rows(table, device.family, head_dim), *_SMALLER)
+    if head_dim > 128 and table is _DKDV:
+        first = tuple(c._replace(is_split=True) for c in first)
+    return [c for c in first if size(p, c) <= device.shared_memory]
+
+
+@lru_cache(maxsize=4096)
+def forward(p: AttentionProblem, device: Device) -> list[C]:
     """Configurations of the forward kernel."""
-    if device.family == "interpreter":
-        return _INTERPRETER
-    return [TileConfig(128, 64, 8, 2)]
+    return _ladder(_FORWARD, p, device, forward_bytes)
 
 
-def dkdv(p: AttentionProblem, device: Device) -> list[TileConfig]:
+@lru_cache(maxsize=4096)
+def dkdv(p: AttentionProblem, device: Device) -> list[C]:
     """Configurations of the dk/dv kernel."""
-    if device.family == "interpreter":
-        return _INTERPRETER
-    return [TileConfig(64, 128, 8, 2)]
+    return _ladder(_DKDV, p, device, dkdv_bytes)
 
 
-def dq(p: AttentionProblem, device: Device) -> list[TileConfig]:
+@lru_cache(maxsize=4096)
+def dq(p: AttentionProblem, device: Device) -> list[C]:
     """Configurations of the dq kernel."""
-    if device.family == "interpreter":
-        return _INTERPRETER
-    return [TileConfig(128, 64, 8, 2)]
+    return _ladder(_DQ, p, device, dq_bytes)
 
 
-def statistics(p: AttentionProblem) -> TileConfig:
+def statistics(p: AttentionProblem) -> C:
     """Configuration of the statistics kernel: memory-bound, one pass over out and dout, 128 rows or a whole part."""
-    return TileConfig(max(16, min(128, 8192 // _padded(p.head_dim_v))), 0, 4, 1)
+    return C(max(16, min(128, 8192 // _padded(p.head_dim_v))), 0, 4, 1)
 
 
 def fits(p: AttentionProblem, device: Device) -> bool:
-    """Whether any configuration fits the device's shared memory."""
-    return any(forward_bytes(p, c) <= device.shared_memory for c in forward(p, device))
+    """Whether every kernel of the pass has a configuration within the device's shared memory."""
+    kernels = (dkdv, dq) if p.is_backward else (forward,)
+    return all(kernel(p, device) for kernel in kernels)
