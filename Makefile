@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+SUITE ?= cpu
 BENCH_ARGS ?=
 
 ifeq ($(strip $(VENV)),)
@@ -58,8 +59,8 @@ format: $(READY) ## write what `check` would complain about in formatting and li
 test-gpu: $(READY) ## the same tests on the GPU's own kernels
 	$(PY) -m pytest tests $(PYTEST_ARGS)
 
-bench: $(READY) ## measure this device and write benchmarks/results
-	$(PY) -m benchmarks $(BENCH_ARGS)
+bench: $(READY) ## measure: runs benchmarks/$(SUITE).py, by default cpu, with BENCH_ARGS
+	$(PY) benchmarks/$(SUITE).py $(BENCH_ARGS)
 
 readme: $(READY) ## regenerate the README's tables from benchmarks/results
 	$(PY) tools/readme_tables.py

@@ -1,8 +1,8 @@
 """Fill the README's results section from benchmarks/results/*.json, the only place its numbers come from.
 
-A results file holds {"device": str, "versions": {name: version}, "rows": [row, ...]} with rows of
-{"suite", "case", "provider", "metric", "value", "unit"}; an optional "readme": [[suite, metric], ...] chooses and
-orders the tables to show (default: every one). Without any results file the section is empty.
+A results file is shown when it says so: {"readme": [[suite, metric], ...], "device": str, "versions": {name: version},
+"rows": [row, ...]} with rows of {"suite", "case", "provider", "metric", "value", "unit"}; "readme" chooses and orders
+its tables. Files without "readme" are data only, and without any to show the section is empty.
 """
 
 import argparse
@@ -47,14 +47,15 @@ def _table(rows: list[dict[str, Any]], suite: str, metric: str) -> list[str]:
 
 
 def section(folder: Path) -> str:
-    """The text between the markers: a heading and the tables of each results file; empty when there is none."""
+    """The text between the markers: a heading and the tables of each results file; empty when none is shown."""
     lines: list[str] = []
     for path in sorted(folder.glob("*.json")):
         results = json.loads(path.read_text(encoding="utf-8"))
+        if not results.get("readme"):
+            continue
         versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
         lines += ["", f"Measured on {results['device']} ({versions}), `benchmarks/results/{path.name}`:"]
-        tables = results.get("readme") or list(dict.fromkeys((r["suite"], r["metric"]) for r in results["rows"]))
-        for suite, metric in tables:
+        for suite, metric in results["readme"]:
             lines += ["", *_table(results["rows"], suite, metric)]
     return "\n".join(["## Numbers", *lines, ""]) if lines else ""
 

@@ -44,6 +44,7 @@ def test_its_numbers_come_from_the_results_files():
 def test_a_table_has_a_line_a_case_and_a_column_a_provider(tmp_path):
     row = {"suite": "forward", "metric": "speed", "unit": "TFLOP/s"}
     results = {
+        "readme": [["forward", "speed"]],
         "device": "some GPU",
         "versions": {"torch": "2.13.0"},
         "rows": [
@@ -53,6 +54,7 @@ def test_a_table_has_a_line_a_case_and_a_column_a_provider(tmp_path):
         ],
     }
     (tmp_path / "gpu.json").write_text(json.dumps(results), encoding="utf-8")
+    (tmp_path / "other.json").write_text('{"rows": [{"name": "data that is not for the README"}]}', encoding="utf-8")
     names = generator()
     assert names["section"](tmp_path).splitlines()[2:] == [
         "Measured on some GPU (torch 2.13.0), `benchmarks/results/gpu.json`:",
