@@ -1,0 +1,1 @@
+"""Side-by-side measurements; each suite writes one file of benchmarks/results."""
