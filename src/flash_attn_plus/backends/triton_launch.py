@@ -116,6 +116,8 @@ class ForwardPlan:
         extras = (x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_k, x.leftpad_k, x.block_table, x.alibi_slopes, x.rng_state)
         tensors = (x.q, x.k, x.v, out, lse, *extras)
         with _on(self._problem.device):
+            if self._problem.is_varlen_q:
+                out.zero_()  # rows behind the last sequence belong to no program
             if self._replay is not None and triton_replay.may_replay() and triton_replay.are_aligned(tensors):
                 self._replay(*tensors)
             else:
@@ -194,6 +196,9 @@ def backward(
         )  # fmt: skip
 
     with _on(p.device):
+        if packed_q or packed_k:  # rows behind the last sequence belong to no program
+            for gradient in (dq, dk, dv):
+                gradient.zero_()
         run_statistics(heuristics.statistics(p))
         launch_first_fitting(("dkdv", *key), heuristics.dkdv(p, facts), run_dkdv)
         launch_first_fitting(("dq", *key), heuristics.dq(p, facts), run_dq)
