@@ -14,7 +14,7 @@ HEAD_DIMS = (1, 5, 8, 16, 40, 64, 96, 128, 192, 256, 320)
 
 def _base(size: str) -> Case:
     short, long = LENGTHS[size]
-    heads, heads_k = (2, 1) if size == "small" else (6, 2)
+    heads, heads_k = (4, 2) if size == "small" else (6, 2)
     return Case(batch=2, seqlen_q=short, seqlen_k=long, heads=heads, heads_k=heads_k, head_dim=32)
 
 
@@ -41,7 +41,7 @@ def dense(size: str) -> dict[str, Case]:
         "causal_square": square._replace(right=0),
         "causal_tall": tall._replace(right=0),
         "one_query": base._replace(seqlen_q=1, right=0),
-        "one_key": base._replace(seqlen_k=1, right=0),
+        "one_key": base._replace(seqlen_k=1, heads=24, heads_k=12, right=0),
         "one_of_each": base._replace(seqlen_q=1, seqlen_k=1, heads=24, heads_k=12),
         "no_query": base._replace(seqlen_q=0),
         "no_key": base._replace(seqlen_k=0),
@@ -67,6 +67,7 @@ def dense(size: str) -> dict[str, Case]:
     found |= {f"window_{name}": base._replace(**window) for name, window in _windows(short, long).items()}
     found |= {f"window_{name}_tall": tall._replace(**window) for name, window in _windows(short, long).items()}
     found |= {f"head_dim_{d}": square._replace(seqlen_q=short + 12, head_dim=d, right=0) for d in HEAD_DIMS}
+    found["head_dim_1"] = found["head_dim_1"]._replace(heads=24, heads_k=12)  # few numbers make lucky roundings
     for layout in ("packed", "transposed", "sliced", "expanded"):
         found[f"layout_{layout}"] = base._replace(layout=layout, right=0)
     return found
@@ -149,7 +150,7 @@ def crossed(size: str) -> dict[str, Case]:
 
 def large_logits(size: str) -> dict[str, Case]:
     """Scores up to about ten thousand."""
-    base, (short, _) = _base(size), LENGTHS[size]
+    base, (short, _) = _base(size)._replace(heads=8, heads_k=4), LENGTHS[size]
     return {
         "large_logits": base._replace(q_factor=2000.0),
         "large_logits_causal": base._replace(seqlen_k=short, q_factor=2000.0, right=0),

@@ -86,7 +86,7 @@ def test_lse_is_that_of_the_scores_before_dropout(backend, case, dtype, device):
 @pytest.mark.parametrize("name", ["dropout_causal", "varlen_dropout"])
 def test_weights_of_one_hot_values_show_the_bits(backend, name, device):
     """With v the identity, out holds the weights themselves: zero exactly where a bit drops a visible key."""
-    case = (dense("small") | varlen("small"))[name]._replace(right=-1, head_dim_v=45, heads_k=2, batch=2)
+    case = (dense("small") | varlen("small"))[name]._replace(right=-1, head_dim_v=45, heads=2, heads_k=2)
     if case.lengths_k is not None:
         case = case._replace(lengths_q=(19, 7), lengths_k=(45, 45))
     call = make_inputs(case, torch.float32, device)
