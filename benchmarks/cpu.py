@@ -169,7 +169,8 @@ def main(names: list[str]) -> None:
             "device": processor(), "capability": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(), "clock": clock_name(), "load_average": round(os.getloadavg()[0], 1),
             "torch": torch.__version__, "python": platform.python_version(),
-            "flash_attn_plus": flash_attn_plus.__version__, "command": f"OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/cpu.py",
+            "flash_attn_plus": flash_attn_plus.__version__,
+            "command": f"OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/cpu.py",
         }  # fmt: skip
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(json.dumps(machine | {"rows": rows}, indent=1) + "\n")
