@@ -1,0 +1,101 @@
+"""Before and after the backward kernel: row statistics with a cleared accumulator, and dq in its own precision."""
+
+import triton
+import triton.language as tl
+
+ALIGN: tl.constexpr = tl.constexpr(64)  # as in backward.py
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _even(stride):
+    """A stride of a tensor that the copy engine reaches: a multiple of 16 bytes of 2-byte elements."""
+    return tl.multiple_of(stride, 8).to(tl.int64)
+
+
+@triton.jit
+def _aligned(rows):
+    return tl.multiple_of(rows, ALIGN).to(tl.int64)
+
+
+@triton.jit
+def _row(ptr, batch, head, stride_batch, stride_head):
+    """The first row of a head of a batch."""
+    return tl.multiple_of(ptr, 16) + batch * _even(stride_batch) + head * _even(stride_head)
+
+
+@triton.jit
+def _rows(cu_q_ptr, len_q, heads, ROWS: tl.constexpr):
+    """(batch, head, first row of the tile, first row of the sequence, its length, its padded first row)."""
+    tiles = tl.cdiv(len_q, ALIGN) * (ALIGN // ROWS)
+    batch_head = tl.program_id(0) // tiles
+    row0 = tl.program_id(0) % tiles * ROWS
+    batch, head = batch_head // heads, batch_head % heads
+    start, padded = 0, 0
+    if cu_q_ptr is not None:
+        start = tl.load(cu_q_ptr + batch)
+        len_q = tl.load(cu_q_ptr + batch + 1) - start
+        padded = (start + batch * ALIGN) // ALIGN * ALIGN
+    return batch, head, row0, start, len_q, padded
+
+
+@triton.jit(
+    do_not_specialize=["stride_ob", "stride_os", "stride_oh", "stride_gb", "stride_gs", "stride_gh", "lse_rows",
+                       "lines", "padded_rows", "len_q", "heads"],
+    do_not_specialize_on_alignment=["out_ptr", "dout_ptr", "lse_ptr", "dlse_ptr", "delta_ptr", "statistics_ptr",
+                                    "accumulator_ptr", "cu_q_ptr"],
+)  # fmt: skip
+def attention_prepare_kernel(
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, statistics_ptr, accumulator_ptr, cu_q_ptr,
+    stride_ob, stride_os, stride_oh, stride_gb, stride_gs, stride_gh,
+    lse_rows, lines, padded_rows, len_q, heads,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(out * dout) - dlse, statistics (log2 LSE, delta) for the main kernel, accumulator = 0.
+
+    Statistics are (2, lines, padded_rows), the accumulator (lines, padded_rows, HEAD_DIM), where a line is a head, of
+    a batch unless rows are packed. Rows beyond a sequence get an LSE of +inf, so their weights are 0.
+    """
+    batch, head, row0, start, length, padded = _rows(cu_q_ptr, len_q, heads, ROWS)
+    if row0 >= tl.cdiv(length, ALIGN) * ALIGN:
+        return
+    rows, dims = row0 + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)[None, :]
+    is_row, is_dim = rows < length, dims < HEAD_DIM
+    inside = is_row[:, None] & is_dim
+    at = (start + rows).to(tl.int64)[:, None]
+    out = tl.load(_row(out_ptr, batch, head, stride_ob, stride_oh) + at * _even(stride_os) + dims, inside, 0.0)
+    dout = tl.load(_row(dout_ptr, batch, head, stride_gb, stride_gh) + at * _even(stride_gs) + dims, inside, 0.0)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    line = head if cu_q_ptr is not None else batch * heads + head
+    offset = line.to(tl.int64) * lse_rows + start + rows
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + offset, is_row, 0.0)
+    tl.store(delta_ptr + offset, delta, is_row)
+    lse = tl.load(lse_ptr + offset, is_row, float("inf"))
+    slot = line.to(tl.int64) * _aligned(padded_rows) + padded + rows
+    tl.store(statistics_ptr + slot, lse * LOG2E)
+    tl.store(statistics_ptr + lines.to(tl.int64) * _aligned(padded_rows) + slot, delta)
+    zero = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    tl.store(tl.multiple_of(accumulator_ptr, 16) + slot[:, None] * HEAD_DIM + dims, zero, is_dim)
+
+
+@triton.jit(
+    do_not_specialize=["stride_b", "stride_s", "stride_h", "padded_rows", "len_q", "heads"],
+    do_not_specialize_on_alignment=["accumulator_ptr", "dq_ptr", "cu_q_ptr"],
+)
+def attention_round_dq_kernel(
+    accumulator_ptr, dq_ptr, cu_q_ptr, stride_b, stride_s, stride_h, padded_rows, len_q, heads, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dq = accumulator * scale, in dq's precision and strides."""
+    batch, head, row0, start, length, padded = _rows(cu_q_ptr, len_q, heads, ROWS)
+    if row0 >= length:
+        return
+    rows, dims = row0 + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)[None, :]
+    line = head if cu_q_ptr is not None else batch * heads + head
+    slot = (line.to(tl.int64) * _aligned(padded_rows) + padded + rows)[:, None]
+    inside = (rows < length)[:, None] & (dims < HEAD_DIM)
+    dq = tl.load(tl.multiple_of(accumulator_ptr, 16) + slot * HEAD_DIM + dims, inside, 0.0) * scale
+    at = (start + rows).to(tl.int64)[:, None]
+    base = _row(dq_ptr, batch, head, stride_b, stride_h)
+    tl.store(base + at * _even(stride_s) + dims, dq.to(dq_ptr.dtype.element_ty), inside)

@@ -1,0 +1,223 @@
+"""Forward pass: two or three warpgroups of 64 queries each share the tiles of K and V that one warp copies in.
+
+A step issues the scores of the next tile and the product with V of the previous one back to back, so the softmax runs
+while the tensor cores work (Shah et al., arXiv 2407.08608). Programs are persistent; the copying warp also hands out
+the tiles, one ahead, so that the next tile's keys arrive during the epilogue of this one.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from flash_attn_plus.kernels.gluon import softmax
+from flash_attn_plus.kernels.gluon.band import Band, span
+from flash_attn_plus.kernels.gluon.hopper import (
+    load_tile,
+    new_barriers,
+    new_ring,
+    record,
+    store_tile,
+)
+from flash_attn_plus.kernels.gluon.tiles import new_mailbox, place
+
+
+@record
+class Work:
+    """What every role needs to know of the call to place a tile."""
+
+    cu_q_ptr: object
+    cu_k_ptr: object
+    batch: object
+    heads: object
+    chunk: object
+    len_q: object
+    len_k: object
+    left: object
+    right: object
+    has_left: gl.constexpr
+    has_right: gl.constexpr
+    ROWS: gl.constexpr
+
+    @gluon.jit
+    def count(self):
+        """The number of tiles, the empty ones of short sequences included."""
+        return self.batch * self.heads * gl.cdiv(self.len_q, self.ROWS)
+
+    @gluon.jit
+    def locate(self, tile):
+        """(batch, head, first row of the tile, first row of its queries, of its keys, the sequence's band)."""
+        blocks = gl.cdiv(self.len_q, self.ROWS)
+        batch_head, block = place(tile, self.batch * self.heads, self.chunk, blocks)
+        batch = batch_head // self.heads
+        q_start, len_q = span(self.cu_q_ptr, batch, self.len_q)
+        k_start, len_k = span(self.cu_k_ptr, batch, self.len_k)
+        band = Band(len_q, len_k, self.left, self.right, self.has_left, self.has_right)
+        return batch, batch_head % self.heads, block * self.ROWS, q_start, k_start, band
+
+
+@gluon.jit
+def _next(tile, tiles, counter_ptr):
+    """The tile after this one: drawn from a counter, or dealt in turns where all tiles are alike."""
+    if counter_ptr is not None:
+        drawn = gl.atomic_add(counter_ptr, 1)
+        if drawn == tiles - 1:  # the last of all draws, of which each program makes one too many
+            gl.store(counter_ptr, 0)
+        return drawn + gl.num_programs(0)
+    return tile + gl.num_programs(0)
+
+
+@gluon.jit
+def _producer(q_desc, k_desc, v_desc, q_tiles, q_full, q_empty, keys, values, mailbox, work, group, counter_ptr):
+    """One warp: hand out tiles, copy in their queries and then keys and values, right to left."""
+    CONSUMERS: gl.constexpr = q_tiles.shape[0]
+    BLOCK_N: gl.constexpr = keys.tiles.shape[1]
+    tiles = work.count()
+    tile = gl.program_id(0)
+    sent = 0
+    copied = 0
+    while tile < tiles:
+        batch, head, row0, q_start, k_start, band = work.locate(tile)
+        if row0 < band.len_q:
+            mailbox.send(sent, tile)
+            for w in gl.static_range(CONSUMERS):
+                mbarrier.wait(q_empty.index(w), (sent & 1) ^ 1)
+                mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
+                row = row0 + w * q_tiles.shape[1]
+                load_tile(q_desc, batch, q_start, band.len_q, head, row, q_full.index(w), q_tiles.index(w))
+            first, _, _, end = band.key_tiles(row0, work.ROWS, BLOCK_N)
+            for i in range(end - first):
+                col0 = (end - 1 - i) * BLOCK_N
+                n = copied + i
+                full = keys.acquire(n, k_desc.block_type.nbytes)
+                load_tile(k_desc, batch, k_start, band.len_k, head // group, col0, full, keys.tile(n))
+                full = values.acquire(n, v_desc.block_type.nbytes)
+                load_tile(v_desc, batch, k_start, band.len_k, head // group, col0, full, values.tile(n))
+            copied += end - first
+            sent += 1
+        tile = _next(tile, tiles, counter_ptr)
+    mailbox.send(sent, -1)
+    keys.drain(copied)
+    values.drain(copied)
+
+
+@gluon.jit
+def _consumer(o_desc, lse_ptr, lse_rows, q_tiles, q_full, q_empty, keys, values, mailbox, work, scale,
+              WG: gl.constexpr):  # fmt: skip
+    """One warpgroup: 64 query rows of every tile."""
+    BLOCK_M: gl.constexpr = q_tiles.shape[1]
+    BLOCK_N: gl.constexpr = keys.tiles.shape[1]
+    BLOCK_D: gl.constexpr = keys.tiles.shape[2]
+    dtype: gl.constexpr = q_tiles.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    q = q_tiles.index(WG)
+    no_scores = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, s_layout)
+    done = 0  # tiles of queries
+    n = 0  # tiles of keys
+    tile = mailbox.receive(0)
+    while tile >= 0:
+        batch, head, row0, q_start, _, band = work.locate(tile)
+        first, full_first, full_end, end = band.key_tiles(row0, work.ROWS, BLOCK_N)
+        row0 += WG * BLOCK_M
+        o = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, o_layout)
+        mbarrier.wait(q_full.index(WG), done & 1)
+        keys.wait(n)
+        s = warpgroup_mma(q, keys.tile(n).permute((1, 0)), no_scores, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        keys.release(n)
+        s = band.mask_keys(s, row0, (end - 1) * BLOCK_N, s_layout)
+        row_max, p, row_sum = softmax.start(s, scale)
+        weights = gl.convert_layout(p.to(dtype), p_layout, assert_trivial=True)
+        values.wait(n)
+        for i in range(1, end - first):
+            block = end - 1 - i
+            keys.wait(n + i)
+            s = warpgroup_mma(q, keys.tile(n + i).permute((1, 0)), no_scores, use_acc=False, is_async=True)
+            o = warpgroup_mma(weights, values.tile(n + i - 1), o, is_async=True)
+            s = warpgroup_mma_wait(1, deps=(s,))
+            keys.release(n + i)
+            if (block < full_first) | (block >= full_end):
+                s = band.mask_keys(s, row0, block * BLOCK_N, s_layout)
+            row_max, decay, p, row_sum = softmax.step(s, scale, row_max, row_sum)
+            values.wait(n + i)  # used in the next step; here it keeps the compiler from waiting for o any earlier
+            o = warpgroup_mma_wait(0, deps=(o,))
+            values.release(n + i - 1)
+            o = o * gl.expand_dims(gl.convert_layout(decay, o_rows, assert_trivial=True), 1)
+            weights = gl.convert_layout(p.to(dtype), p_layout, assert_trivial=True)
+        n += end - first
+        done += 1
+        o = warpgroup_mma(weights, values.tile(n - 1), o, is_async=True)
+        factor, lse = softmax.finish(row_max, row_sum, s_rows)
+        rows = row0 + gl.arange(0, BLOCK_M, s_rows)
+        line = head if work.cu_q_ptr is not None else batch * work.heads + head
+        gl.store(lse_ptr + line.to(gl.int64) * lse_rows + (q_start + rows), lse, mask=rows < band.len_q)
+        tile = mailbox.receive(done)
+        o = warpgroup_mma_wait(0, deps=(o,))
+        values.release(n - 1)
+        o = o * gl.expand_dims(gl.convert_layout(factor, o_rows, assert_trivial=True), 1)
+        q.store(o.to(dtype))  # the tile of queries is spent: its memory carries the output
+        fence_async_shared()
+        store_tile(o_desc, batch, q_start, band.len_q, head, row0, q)
+        tma.store_wait(0)
+        mbarrier.arrive(q_empty.index(WG), count=1)
+
+
+@gluon.jit(
+    do_not_specialize=["batch", "heads", "group", "chunk", "len_q", "len_k", "left", "right", "lse_rows"],
+    do_not_specialize_on_alignment=["lse_ptr", "cu_q_ptr", "cu_k_ptr", "counter_ptr"],
+)
+def attention_forward_kernel(
+    q_desc, k_desc, v_desc, o_desc, lse_ptr, cu_q_ptr, cu_k_ptr, counter_ptr,
+    batch, heads, group, chunk, len_q, len_k, left, right, lse_rows, scale,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """out and natural-log lse of softmax(scale * q k^T / log2(e)) v; scale is in log2 units.
+
+    Descriptors have boxes of 64 queries or BLOCK_N keys by the padded head dim. lse is (batch * heads, lse_rows), or
+    (heads, lse_rows) for packed queries. `counter_ptr` is a zero, and is one again at the end, or None for tiles of
+    equal work.
+    """
+    BLOCK_M: gl.constexpr = q_desc.block_type.shape[-2]
+    BLOCK_D: gl.constexpr = q_desc.block_type.shape[-1]
+    BLOCK_N: gl.constexpr = k_desc.block_type.shape[-2]
+    dtype: gl.constexpr = q_desc.dtype
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], dtype)
+    q_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS, BLOCK_M, BLOCK_D], layout)
+    q_full = new_barriers(CONSUMERS, 1)
+    q_empty = new_barriers(CONSUMERS, 1)
+    keys = new_ring(dtype, STAGES, BLOCK_N, BLOCK_D, 6, CONSUMERS)
+    values = new_ring(dtype, STAGES, BLOCK_N, BLOCK_D, 6 + STAGES, CONSUMERS)
+    mailbox = new_mailbox(CONSUMERS)
+    fence_async_shared()
+    work = Work(cu_q_ptr, cu_k_ptr, batch, heads, chunk, len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT,
+                CONSUMERS * BLOCK_M)  # fmt: skip
+    if CONSUMERS == 2:
+        gl.warp_specialize([
+            (_consumer, (o_desc, lse_ptr, lse_rows, q_tiles, q_full, q_empty, keys, values, mailbox, work,
+                         scale, 0)),
+            (_consumer, (o_desc, lse_ptr, lse_rows, q_tiles, q_full, q_empty, keys, values, mailbox, work,
+                         scale, 1)),
+            (_producer, (q_desc, k_desc, v_desc, q_tiles, q_full, q_empty, keys, values, mailbox, work, group,
+                         counter_ptr)),
+        ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_consumer, (o_desc, lse_ptr, lse_rows, q_tiles, q_full, q_empty, keys, values, mailbox, work,
+                         scale, 0)),
+            (_consumer, (o_desc, lse_ptr, lse_rows, q_tiles, q_full, q_empty, keys, values, mailbox, work,
+                         scale, 1)),
+            (_consumer, (o_desc, lse_ptr, lse_rows, q_tiles, q_full, q_empty, keys, values, mailbox, work,
+                         scale, 2)),
+            (_producer, (q_desc, k_desc, v_desc, q_tiles, q_full, q_empty, keys, values, mailbox, work, group,
+                         counter_ptr)),
+        ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip

@@ -1,0 +1,77 @@
+"""Every row of the Hopper tables compiles to what its reason says, as the launcher would launch it."""
+
+import pytest
+import torch
+from gluon_harness import HOPPER, between_waits, inspect
+from harness import SHARED_MEMORY, Launch, compile_launch, recorded, report
+
+from flash_attn_plus.backends import gluon_launch
+from flash_attn_plus.kernels.gluon import backward as backward_kernels
+from flash_attn_plus.kernels.gluon import backward_ends as ends_kernels
+from flash_attn_plus.kernels.gluon import forward as forward_kernels
+from flash_attn_plus.problem import AttentionInputs, describe
+from flash_attn_plus.tuning import hopper
+
+ENDS = ("attention_prepare_kernel", "attention_round_dq_kernel")
+KINDS = ("full", "causal", "packed_window")
+
+
+def launches(head_dim: int, kind: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Launch]:
+    """The launches of a forward and, where it is served, a backward pass, by kernel name."""
+    q, k = torch.empty(2, 512, 8, head_dim, dtype=dtype), torch.empty(2, 512, 2, head_dim, dtype=dtype)
+    left, right, cu = -1, -1 if kind == "full" else 0, None
+    if kind == "packed_window":
+        q, k, left = q.flatten(0, 1), k.flatten(0, 1), 100
+        cu = torch.tensor([0, 300, 1024], dtype=torch.int32)
+    inputs = AttentionInputs(q, k, k, head_dim**-0.5, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    lse = torch.empty(q.shape[-2], q.shape[0]) if cu is not None else torch.empty(2, 8, 512)
+    problem = describe(inputs, 512, 512, left, right)
+    with (
+        recorded(forward_kernels, ("attention_forward_kernel",), HOPPER) as found,
+        recorded(backward_kernels, ("attention_backward_kernel",), HOPPER) as main,
+        recorded(ends_kernels, ENDS, HOPPER) as ends,
+    ):
+        gluon_launch.forward(problem, inputs, q, lse)
+        if hopper.padded_head_dim(head_dim) in hopper.BACKWARD:
+            gluon_launch.backward(problem, inputs, q, q, lse, None, q, k, k, torch.empty_like(lse))
+    return {launch.kernel.__name__: launch for launch in (*found, *main, *ends)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_dim", hopper.FORWARD)
+def test_forward_rows_overlap_softmax_and_products(head_dim, kind):
+    tile = hopper.FORWARD[head_dim]
+    found = inspect(launches(head_dim, kind)["attention_forward_kernel"])
+    assert found.shared <= SHARED_MEMORY[HOPPER]
+    assert not found.warnings
+    assert {tile.consumer_registers, tile.producer_registers} <= found.register_caps
+    assert "UTMALDG" in found.assembly
+    assert "UTMASTG" in found.assembly
+    assert len(found.loops) == tile.consumers
+    for loop in found.loops:
+        assert between_waits(loop, "MUFU.EX2") >= tile.block_n // 2, "the wait for P V moved above the softmax"
+        assert not any("LDL" in line or "STL" in line for line in loop), "registers spill in the main loop"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_dim", hopper.BACKWARD)
+def test_backward_rows_keep_gradients_in_registers(head_dim, kind):
+    tile = hopper.BACKWARD[head_dim]
+    found = inspect(launches(head_dim, kind)["attention_backward_kernel"])
+    assert found.shared <= SHARED_MEMORY[HOPPER]
+    assert not found.warnings
+    assert {tile.consumer_registers, tile.other_registers} <= found.register_caps
+    for instruction in ("UTMALDG", "UTMASTG", "UTMAREDG"):
+        assert instruction in found.assembly
+    assert len(found.loops) == 2
+    for loop in found.loops:
+        assert between_waits(loop, "MUFU.EX2") == 32, "the wait for dP moved above the exponentials"
+        limit = tile.spills if kind == "packed_window" else 0
+        assert sum("LDL" in line or "STL" in line for line in loop) <= limit, "registers spill in the main loop"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ENDS)
+def test_ends_of_the_backward_pass_compile_without_spills(name, kind):
+    for head_dim in hopper.BACKWARD:
+        assert report(compile_launch(launches(head_dim, kind)[name], HOPPER)).spills == 0
