@@ -119,7 +119,7 @@ class VisionTransformer(nn.Module):
         length = self.patch_embed.num_patches + (0 if no_embed_class else 1)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.randn(1, length, embed_dim) * 0.02)
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         block = partial(
             create_block, embed_dim, num_heads, mlp_ratio, qkv_bias, drop_rate, attn_drop_rate, norm_layer=norm_layer,
             act_layer=act_layer, use_flash_attn=use_flash_attn, fused_bias_fc=fused_bias_fc, fused_mlp=fused_mlp,

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import torch
 from torch import nn
 
 from flash_attn.modules.mha import MHA
@@ -57,6 +58,7 @@ def _mark(norms, sequence_parallel, mark_shared_params):
 
 def add_norm(norm, branch, residual, dropout, drop_path=None, fused=False, residual_in_fp32=False, prenorm=True):
     """norm(residual + drop_path(dropout(branch))), and that sum too with `prenorm`; residual may be None."""
+    residual_in_fp32 = residual_in_fp32 and branch.dtype != torch.float64  # which is wider already
     if fused:
         rowscale = None
         if drop_path is not None and drop_path.training and drop_path.p > 0.0:
@@ -184,6 +186,7 @@ def add_parallel_norm(norm1, norm2, branches, residual, dropouts, fused=False, r
 
     norm2 None gives norm1(t) twice; branches may end with None, residual may be None. Without `prenorm` t is left out.
     """
+    residual_in_fp32 = residual_in_fp32 and branches[0].dtype != torch.float64
     if fused:
         ps = {d.p if d.training else 0.0 for d in dropouts}
         assert len(ps) == 1, f"fused_dropout_add_ln needs equal dropout of both branches, not {sorted(ps)}"
