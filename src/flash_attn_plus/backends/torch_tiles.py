@@ -49,6 +49,12 @@ def _from_group(x: Tensor, rows: int) -> Tensor:
     return x.unflatten(2, (-1, rows)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
+def _summed_over_heads(a: Tensor, b: Tensor, rows: int) -> Tensor:
+    """a^T b of (n, hk, group * rows, ...), summed a head at a time: shorter chains of roundings than over all rows."""
+    a, b = a.unflatten(2, (-1, rows)), b.unflatten(2, (-1, rows))
+    return (a.transpose(-1, -2) @ b).sum(2)
+
+
 def _block_size(n: int, heads: int, band: Band, device: torch.device) -> int:
     budget = TILE_NUMBERS["cpu" if device.type == "cpu" else "other"]
     size = max(MIN_ROWS, budget // (n * heads * max(1, band.keys_per_block(MIN_ROWS))))
@@ -127,12 +133,12 @@ def backward(
         kept = weights if factor is None else weights * factor
         if factor is not None:
             dweights *= factor
-        sum_dv[:, :, seen] += kept.view(n, heads_k, -1, len(cols)).transpose(-1, -2) @ dout_block
+        sum_dv[:, :, seen] += _summed_over_heads(kept.view(n, heads_k, -1, len(cols)), dout_block, len(rows))
         dscores = dweights.sub_(delta[..., here, None]).mul_(weights)
         if squashed is not None:
             dscores *= 1.0 - squashed.square()
         grouped = dscores.mul_(rule.softmax_scale).view(n, heads_k, -1, len(cols))
         dq[:, here] = _from_group(grouped @ k_heads[:, :, seen], len(rows))
-        sum_dk[:, :, seen] += grouped.transpose(-1, -2) @ q_block
+        sum_dk[:, :, seen] += _summed_over_heads(grouped, q_block, len(rows))
     dk.copy_(sum_dk.transpose(1, 2))
     dv.copy_(sum_dv.transpose(1, 2))

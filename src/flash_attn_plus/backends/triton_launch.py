@@ -172,7 +172,8 @@ def backward(
     key = (p.device, p.dtype, p.head_dim, p.head_dim_v, F)
 
     def run_statistics(c: TileConfig) -> None:
-        grid = (-(-p.seqlen_q // c.block_m) * p.heads * p.batch,)
+        align = backward_kernels.STATISTICS_ALIGN.value
+        grid = (-(-p.seqlen_q // align) * align // c.block_m * p.heads * p.batch,)
         backward_kernels.attention_statistics_kernel[grid](
             out, dout, lse, dlse, delta, statistics, x.cu_seqlens_q, *_row_strides(out, packed_q), *strides_g,
             *statistic_strides, stride_statistics, p.seqlen_q, p.heads, p.head_dim_v, block_dv, c.block_m, F,

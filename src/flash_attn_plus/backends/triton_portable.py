@@ -41,7 +41,12 @@ class TritonPortable(Backend):
         if found:
             return found
         if problem.device.type == "cpu":
-            return [] if is_interpreted() else ["device cpu: Triton reaches CPU tensors only with TRITON_INTERPRET=1"]
+            if not is_interpreted():
+                return ["device cpu: Triton reaches CPU tensors only with TRITON_INTERPRET=1"]
+            # Triton 3.6 multiplies the raw bits of bfloat16 as integers there.
+            return (
+                ["dtype bfloat16: Triton's interpreter cannot multiply it"] if problem.dtype == torch.bfloat16 else []
+            )
         if problem.device.type not in _GPU_TYPES:
             return [f"device {problem.device.type} has no Triton target"]
         facts = device.probe(problem.device)

@@ -19,7 +19,12 @@ _FLOAT32 = (C(32, 32, 4, 1), C(32, 16, 4, 1), C(16, 16, 4, 1))
 # family -> largest head dim -> configurations for 16-bit inputs
 _FORWARD: dict[str, dict[int, tuple[C, ...]]] = {
     # 8 warps hold 128 x 128 scores beside the accumulator; three stages just fit 227 KB. Measured.
-    "cuda90": {64: (C(128, 64, 4, 3),), 128: (C(128, 128, 8, 3),), 256: (C(128, 64, 8, 2),), 512: (C(64, 32, 8, 1),)},
+    "cuda90": {
+        64: (C(128, 64, 4, 3),),
+        128: (C(128, 128, 8, 3), C(128, 64, 8, 2)),
+        256: (C(128, 64, 8, 2),),
+        512: (C(64, 32, 8, 1),),
+    },
     "cuda100": {64: (C(128, 64, 8, 2),), 128: (C(128, 64, 8, 2),), 256: (C(128, 64, 8, 1),), 512: (C(64, 32, 8, 1),)},
     "cuda80": {64: (C(128, 64, 4, 3),), 128: (C(64, 64, 4, 2),), 256: (C(128, 32, 8, 2),), 512: (C(64, 32, 8, 1),)},
     # 99 KB of shared memory: two stages.
@@ -37,6 +42,13 @@ _DKDV: dict[str, dict[int, tuple[C, ...]]] = {
         256: (C(32, 128, 8, 2, is_split=True),),
         512: (C(16, 32, 8, 1, is_split=True),),
     },
+    # Tensor memory takes the products' results; what is left of the registers is short all the same.
+    "cuda100": {
+        64: (C(32, 64, 8, 2),),
+        128: (C(32, 64, 8, 1),),
+        256: (C(32, 64, 8, 1, is_split=True),),
+        512: (C(16, 32, 8, 1, is_split=True),),
+    },
     "cuda80": {
         64: (C(32, 64, 8, 2),),
         128: (C(32, 64, 8, 1),),
@@ -44,7 +56,7 @@ _DKDV: dict[str, dict[int, tuple[C, ...]]] = {
         512: (C(16, 32, 8, 1, is_split=True),),
     },
     "cdna": {
-        64: (C(64, 64, 4, 2),),
+        64: (C(64, 64, 4, 1),),
         128: (C(32, 64, 4, 2),),
         256: (C(16, 32, 4, 1, is_split=True),),
         512: (C(16, 16, 4, 1, is_split=True),),
@@ -104,7 +116,10 @@ def _ladder(table, p: AttentionProblem, device: Device, size) -> list[C]:
     if device.family == "interpreter":
         return list(_INTERPRETER)
     head_dim = max(p.head_dim, p.head_dim_v)
-    first = _FLOAT32 if p.dtype.itemsize == 4 else (*_rows(table, device.family, head_dim), *_SMALLER)
+    rows = _rows(table, device.family, head_dim)
+    if p.has_dropout and len(rows) > 1:
+        rows = rows[1:]  # the bits need shared memory and registers of their own
+    first = _FLOAT32 if p.dtype.itemsize == 4 else (*rows, *_SMALLER)
     if head_dim > 128 and table is _DKDV:
         first = tuple(c._replace(is_split=True) for c in first)
     return [c for c in first if size(p, c) <= device.shared_memory]
@@ -129,8 +144,8 @@ def dq(p: AttentionProblem, device: Device) -> list[C]:
 
 
 def statistics(p: AttentionProblem) -> C:
-    """Configuration of the statistics kernel: memory-bound, one pass over out and dout, 128 rows or a whole part."""
-    return C(max(16, min(128, 8192 // _padded(p.head_dim_v))), 0, 4, 1)
+    """Configuration of the statistics kernel: memory-bound, one pass over out and dout in 4,096 numbers a tile."""
+    return C(max(16, min(128, 4096 // _padded(p.head_dim_v))), 0, 4, 1)
 
 
 def fits(p: AttentionProblem, device: Device) -> bool:

@@ -15,8 +15,13 @@ STATISTICS_ALIGN: tl.constexpr = tl.constexpr(128)
 
 
 @triton.jit
+def _padded(rows):
+    return tl.cdiv(rows, STATISTICS_ALIGN) * STATISTICS_ALIGN
+
+
+@triton.jit
 def _statistics_base(ptr, batch, head, q_start, stride_head, F: tl.constexpr):
-    """The pairs (log2-scaled LSE, delta) of a head of a sequence; see `attention_statistics_kernel`."""
+    """The pairs (lse, delta) of a head of a sequence; see `attention_statistics_kernel`."""
     start = batch.to(tl.int64) * stride_head * 0
     if F.has_cu_q:
         start = (q_start + batch * STATISTICS_ALIGN) // STATISTICS_ALIGN * STATISTICS_ALIGN
@@ -29,18 +34,18 @@ def attention_statistics_kernel(
     stride_ob, stride_os, stride_oh, stride_gb, stride_gs, stride_gh, stride_lb, stride_lh, stride_statistics,
     len_q, heads, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    """delta[row] = sum(out * dout) - dlse, and the pairs (lse * log2(e), delta) that the dk/dv kernel reads.
+    """delta[row] = sum(out * dout) - dlse, and the pairs (lse in the scores' units, delta) that the dk/dv kernel reads.
 
     A pair is one aligned load where two arrays would be two unaligned ones; rows beyond the end get (+inf, 0),
     whose weight is 0. Heads of dense input are numbered batch * heads + head.
     """
-    tiles = tl.cdiv(len_q, BLOCK_M)
+    tiles = tl.cdiv(_padded(len_q), BLOCK_M)
     tile = tl.program_id(0) % tiles
     batch_head = tl.program_id(0) // tiles
     batch, head = batch_head // heads, batch_head % heads
     q_start, len_q = sequence.query_span(cu_q_ptr, batch, len_q, F)
     row0 = tile * BLOCK_M
-    if row0 >= len_q:
+    if row0 >= _padded(len_q):
         return
     rows, dims = row0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)[None, :]
     local = tl.arange(0, BLOCK_M)[:, None]
@@ -60,8 +65,8 @@ def attention_statistics_kernel(
     tl.store(delta_ptr + row_offset + rows, delta, mask=rows < len_q)
     statistics_head = head if F.has_cu_q else batch_head
     base = _statistics_base(statistics_ptr, batch, statistics_head, q_start, stride_statistics, F)
-    inside = rows < tl.cdiv(len_q, STATISTICS_ALIGN) * STATISTICS_ALIGN
-    tl.store(base + rows * 2, lse * score.LOG2E, mask=inside)
+    inside = rows < _padded(len_q)
+    tl.store(base + rows * 2, lse * score.unit(F), mask=inside)
     tl.store(base + rows * 2 + 1, delta, mask=inside)
 
 
@@ -81,12 +86,12 @@ def _dkdv_tile(
     q = score.signed(q, rule, F)
     dout = sequence.load(dout_ptrs, rows[:, None], band.len_q, dims_v, HEAD_DIM_V, dv.shape[1], IS_MASKED)  # [M, DV]
     pairs = tl.load(statistics_base + row0 * 2 + tl.arange(0, 2 * BLOCK_M))
-    lse_log2, delta = tl.split(pairs.reshape([BLOCK_M, 2]))
+    lse, delta = tl.split(pairs.reshape([BLOCK_M, 2]))
     scores = tl.dot(k, tl.trans(q), input_precision=F.precision)  # [N, M]
     if WANTS_DK:
         dp = tl.dot(v, tl.trans(dout), input_precision=F.precision)  # [N, M]
-    scores, capped = score.modify(scores, rows[None, :], cols[:, None], band, rule, F)
-    p = tl.exp2(scores * score.multiplier(rule, F) - lse_log2[None, :])
+    scores, steepness = score.modify(scores, rows[None, :], cols[:, None], band, rule, F)
+    p = score.power(scores * score.multiplier(rule, F) - lse[None, :], F)
     if IS_MASKED:
         p = tl.where(mask.keep(rows[None, :], cols[:, None], band, F), p, 0.0)
     if F.has_dropout:
@@ -95,12 +100,12 @@ def _dkdv_tile(
     else:
         dropped = p
     if WANTS_DV:
-        dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=F.precision)
+        dv = score.add_product(dropped.to(dout.dtype), dout, dv, F)
     if WANTS_DK:
         if F.has_dropout:
             dp = tl.where(kept, dp * drop.factor, 0.0)
-        ds = score.derivative(p * (dp - delta[None, :]), capped, F)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=F.precision)
+        ds = score.derivative(p * (dp - delta[None, :]), steepness, F)
+        dk = score.add_product(ds.to(q.dtype), q, dk, F)
     return dk, dv
 
 
@@ -173,7 +178,7 @@ def attention_backward_dkdv_kernel(
 
 @triton.jit
 def _dq_tile(
-    dq, q, dout, lse_log2, delta, k_base, v_base, stride_ks, stride_vs, row0, col0, band, rule, drop,
+    dq, q, dout, lse, delta, k_base, v_base, stride_ks, stride_vs, row0, col0, band, rule, drop,
     BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, F: tl.constexpr, IS_MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add what the keys [col0, col0 + BLOCK_N) contribute to one tile of queries."""
@@ -186,14 +191,14 @@ def _dq_tile(
     v = sequence.load(v_ptrs, cols[None, :], band.len_k, dims_v, HEAD_DIM_V, dout.shape[1], IS_MASKED)  # [DV, N]
     scores = tl.dot(q, k, input_precision=F.precision)  # [M, N]
     dp = tl.dot(dout, v, input_precision=F.precision)  # [M, N]
-    scores, capped = score.modify(scores, rows[:, None], cols[None, :], band, rule, F)
-    p = tl.exp2(scores * score.multiplier(rule, F) - lse_log2[:, None])
+    scores, steepness = score.modify(scores, rows[:, None], cols[None, :], band, rule, F)
+    p = score.power(scores * score.multiplier(rule, F) - lse[:, None], F)
     if IS_MASKED:
         p = tl.where(mask.keep(rows[:, None], cols[None, :], band, F), p, 0.0)
     if F.has_dropout:
         dp = tl.where(dropout.keep_tile(drop, row0, col0, dq.shape[0], BLOCK_N), dp * drop.factor, 0.0)
-    ds = score.derivative(p * (dp - delta[:, None]), capped, F)
-    return tl.dot(ds.to(k.dtype), tl.trans(k), dq, input_precision=F.precision)
+    ds = score.derivative(p * (dp - delta[:, None]), steepness, F)
+    return score.add_product(ds.to(k.dtype), tl.trans(k), dq, F)
 
 
 @triton.jit(
@@ -232,7 +237,7 @@ def attention_backward_dq_kernel(
     q = score.signed(sequence.load(q_ptrs, rows[:, None], len_q, dims, HEAD_DIM, BLOCK_D, True), rule, F)  # [M, D]
     dout = sequence.load(dout_ptrs, rows[:, None], len_q, dims_v, HEAD_DIM_V, BLOCK_DV, True)  # [M, DV]
     row_offset = batch.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh + q_start
-    lse_log2 = tl.load(lse_ptr + row_offset + rows, mask=rows < len_q, other=float("inf")) * score.LOG2E
+    lse = tl.load(lse_ptr + row_offset + rows, mask=rows < len_q, other=float("inf")) * score.unit(F)
     delta = tl.load(delta_ptr + row_offset + rows, mask=rows < len_q, other=0.0)
     k_base = sequence.base(k_ptr, batch, head // group, k_start, stride_kb, stride_kh, stride_ks)
     v_base = sequence.base(v_ptr, batch, head // group, k_start, stride_vb, stride_vh, stride_vs)
@@ -241,13 +246,13 @@ def attention_backward_dq_kernel(
     first, full_first, full_end, end = mask.key_tiles(row0, band, F, BLOCK_M, BLOCK_N)
     for i in tl.range(full_first, full_end):
         dq = _dq_tile(
-            dq, q, dout, lse_log2, delta, k_base, v_base, stride_ks, stride_vs, row0, i * BLOCK_N,
+            dq, q, dout, lse, delta, k_base, v_base, stride_ks, stride_vs, row0, i * BLOCK_N,
             band, rule, drop, BLOCK_N, HEAD_DIM, HEAD_DIM_V, F, False,
         )  # fmt: skip
     for i in tl.range(0, end - first - (full_end - full_first)):
         col0 = mask.masked_tile(i, first, full_first, full_end) * BLOCK_N
         dq = _dq_tile(
-            dq, q, dout, lse_log2, delta, k_base, v_base, stride_ks, stride_vs, row0, col0,
+            dq, q, dout, lse, delta, k_base, v_base, stride_ks, stride_vs, row0, col0,
             band, rule, drop, BLOCK_N, HEAD_DIM, HEAD_DIM_V, F, True,
         )  # fmt: skip
     factor = scale

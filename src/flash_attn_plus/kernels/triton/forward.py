@@ -32,12 +32,12 @@ def _fold_tile(
     scores, _ = score.modify(scores, rows[:, None], cols[None, :], band, rule, F)
     if IS_MASKED:
         scores = tl.where(mask.keep(rows[:, None], cols[None, :], band, F), scores, float("-inf"))
-    weights, decay, row_max, row_sum = softmax.step(scores, score.multiplier(rule, F), row_max, row_sum)
+    weights, decay, row_max, row_sum = softmax.step(scores, score.multiplier(rule, F), row_max, row_sum, F)
     if F.has_dropout:
         kept = dropout.keep_tile(drop, row0, col0, acc.shape[0], BLOCK_N)
         weights = tl.where(kept, weights, 0.0)
     v = sequence.load(v_ptrs, cols[:, None], band.len_k, dims_v, HEAD_DIM_V, acc.shape[1], IS_MASKED)  # [N, DV]
-    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=F.precision)
+    acc = score.add_product(weights.to(v.dtype), v, acc * decay[:, None], F)
     return acc, row_max, row_sum
 
 
@@ -98,7 +98,7 @@ def attention_forward_kernel(
             stride_kb, stride_ks, stride_vb, stride_vs, band, rule, drop, BLOCK_N, HEAD_DIM, HEAD_DIM_V, F, True,
         )  # fmt: skip
 
-    factor, lse = softmax.finish(row_max, row_sum)
+    factor, lse = softmax.finish(row_max, row_sum, F)
     if F.has_dropout:
         factor *= keep_factor
     lse_base = lse_ptr + batch.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh + q_start
