@@ -125,7 +125,7 @@ def check_arguments(x: AttentionInputs) -> None:
         raise InvalidArgument("batch size must be positive; q is empty along its batch dimension")
     if x.block_table is not None:
         _check_pages(x, batch)
-        leading = k.shape[:2]
+        leading: tuple[int, ...] = (k.shape[0], k.shape[1])
     else:
         leading = (k.shape[0],) if x.cu_seqlens_k is not None else (batch, k.shape[1])
     _check_index("cu_seqlens_k", x.cu_seqlens_k, q, (batch + 1,))

@@ -35,8 +35,8 @@ def probe(device: torch.device) -> Device:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         if torch.version.hip:
-            arch = properties.gcnArchName.split(":")[0]
-            return Device(family_of("hip", arch), properties.shared_memory_per_block, properties.multi_processor_count)
+            name = properties.gcnArchName.split(":")[0]
+            return Device(family_of("hip", name), properties.shared_memory_per_block, properties.multi_processor_count)
         arch = properties.major * 10 + properties.minor
         shared = getattr(properties, "shared_memory_per_block_optin", None) or properties.shared_memory_per_block
         return Device(family_of("cuda", arch), shared, properties.multi_processor_count)

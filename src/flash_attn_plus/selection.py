@@ -126,7 +126,8 @@ def forced_backend() -> str | None:
 
 def choose(problem: AttentionProblem, inputs: AttentionInputs | None = None) -> Backend:
     """The backend that serves the problem, and these inputs of it; raises NoBackend with everybody's reasons."""
-    forced, preference, excluded = forced_backend(), env.use_flaggems(), ()
+    forced, preference = forced_backend(), env.use_flaggems()
+    excluded: tuple[tuple[str, str], ...] = ()
     while True:
         backend = _choose(problem, forced, preference, excluded)
         found = backend.input_reasons(inputs) if inputs is not None else []

@@ -5,6 +5,7 @@ For users who check an installation and for authors of backends; nothing in the 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 from typing import Literal, NamedTuple
 
@@ -216,7 +217,8 @@ def poisoned_outputs() -> Iterator[None]:
     allocate = ops.allocate_outputs
 
     def allocate_poisoned(q: Tensor, v: Tensor, is_varlen: bool) -> tuple[Tensor, Tensor]:
-        return tuple(x.fill_(float("nan")) for x in allocate(q, v, is_varlen))
+        out, lse = allocate(q, v, is_varlen)
+        return out.fill_(float("nan")), lse.fill_(float("nan"))
 
     ops.allocate_outputs = allocate_poisoned
     try:
@@ -333,11 +335,11 @@ def assert_matches_reference(call: Call, actual: dict[str, Tensor], *, with_dlse
     eager = expected if dtype == torch.float64 else run_reference(call, dtype, **options)
     has_key = expected["lse"].isfinite()
     for name, value in actual.items():
-        results = value, expected[name], eager[name]
+        results: tuple[Tensor, ...] = (value, expected[name], eager[name])
         if name == "delta":
             results = tuple(x.where(has_key, 0.0) for x in results)
         results = tuple(_covered(call, name, x) for x in results)
         if dtype == torch.float64:
-            torch.testing.assert_close(*results[:2], msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(*results[:2], msg=partial("{}: {}".format, name))
         else:
-            assert_close(name, *results)
+            assert_close(name, results[0], results[1], results[2])

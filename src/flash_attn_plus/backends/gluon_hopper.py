@@ -34,13 +34,13 @@ class GluonHopper(Backend):
     )
 
     def unavailable(self) -> str | None:
-        """Gluon is part of Triton since 3.6."""
+        """Gluon is experimental, so only the releases of Triton with which the kernels are tested count."""
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed; install the triton package (it comes with PyTorch's GPU builds)"
         import triton
 
-        if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 6):
-            return f"triton {triton.__version__} has no complete Gluon; install triton 3.6 or newer"
+        if not triton.__version__.startswith("3.6."):
+            return f"triton {triton.__version__} has another Gluon than the kernels are written for; install triton 3.6"
         return None
 
     def reasons(self, problem: AttentionProblem) -> list[str]:

@@ -110,7 +110,7 @@ def forward(problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse
     """Launch the forward kernel: as many programs as processors, each taking tiles until none is left."""
     p, x = problem, inputs
     width = hopper.padded_head_dim(p.head_dim)
-    tile = hopper.FORWARD[width]
+    tile = hopper.forward_tile(p)
     tiles = p.batch * p.heads * -(-p.seqlen_q // (64 * tile.consumers))
     is_even = p.right < 0 and not (p.is_varlen_q or p.is_varlen_k)
     chunk = _chunk(p.batch * p.heads, p.seqlen_k * width * 4, p.right >= 0)
@@ -124,6 +124,7 @@ def forward(problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse
         "HAS_LEFT": p.left >= 0,
         "HAS_RIGHT": p.right >= 0,
         "CONSUMERS": tile.consumers,
+        "Q_STAGES": tile.query_stages,
         "STAGES": tile.stages,
         "CONSUMER_REGISTERS": tile.consumer_registers,
         "PRODUCER_REGISTERS": tile.producer_registers,

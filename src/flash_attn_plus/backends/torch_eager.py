@@ -20,7 +20,7 @@ def _rule(problem: AttentionProblem, x: AttentionInputs, segment: Segment) -> to
     batch_heads = None
     if problem.has_dropout:
         first, last = segment.first * problem.heads, segment.last * problem.heads
-        batch_heads = torch.arange(first, last, device=x.q.device).view(segment.count, problem.heads)
+        batch_heads = torch.arange(first, last, device=x.q.device).view(segment.size, problem.heads)
     slopes = segment.slopes(x.alibi_slopes)
     return torch_tiles.Rule(x.softmax_scale, x.softcap, slopes, x.dropout_p, x.rng_state, batch_heads)
 
@@ -53,7 +53,7 @@ class TorchEager(Backend):
         """Write every row of `out` and `lse`."""
         rows = 0
         for part in segments(problem, inputs):
-            rows += part.count * part.len_q
+            rows += part.size * part.len_q
             band = Band.of(part.len_q, part.len_k, problem.left, problem.right)
             q = part.queries(inputs.q)
             k, v = (part.gathered_keys(x, inputs.block_table) for x in (inputs.k, inputs.v))
@@ -83,8 +83,8 @@ class TorchEager(Backend):
         """Write every row of dq, dk, dv and delta."""
         rows = keys = 0
         for part in segments(problem, inputs):
-            rows += part.count * part.len_q
-            keys += part.count * part.len_k
+            rows += part.size * part.len_q
+            keys += part.size * part.len_k
             band = Band.of(part.len_q, part.len_k, problem.left, problem.right)
             q, dout_part, out_part, dq_part = (part.queries(x) for x in (inputs.q, dout, out, dq))
             k, v, dk_part, dv_part = (part.keys(x) for x in (inputs.k, inputs.v, dk, dv))

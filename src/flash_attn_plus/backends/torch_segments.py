@@ -18,7 +18,7 @@ class Segment(NamedTuple):
     """
 
     first: int
-    count: int
+    size: int
     len_q: int
     len_k: int
     row: int | None
@@ -27,29 +27,29 @@ class Segment(NamedTuple):
 
     @property
     def last(self) -> int:
-        return self.first + self.count
+        return self.first + self.size
 
     def queries(self, x: Tensor) -> Tensor:
-        """View (count, len_q, h, *) of q or of a tensor laid out like it."""
+        """View (size, len_q, h, *) of q or of a tensor laid out like it."""
         if self.row is None:
             return x[self.first : self.last]
-        return x[self.row : self.row + self.count * self.len_q].unflatten(0, (self.count, self.len_q))
+        return x[self.row : self.row + self.size * self.len_q].unflatten(0, (self.size, self.len_q))
 
     def statistics(self, x: Tensor) -> Tensor:
         """View (count, h, len_q) of lse or of a tensor laid out like it."""
         if self.row is None:
             return x[self.first : self.last]
-        rows = x[:, self.row : self.row + self.count * self.len_q]
-        return rows.unflatten(1, (self.count, self.len_q)).transpose(0, 1)
+        rows = x[:, self.row : self.row + self.size * self.len_q]
+        return rows.unflatten(1, (self.size, self.len_q)).transpose(0, 1)
 
     def keys(self, x: Tensor) -> Tensor:
-        """View (count, len_k, hk, *) of k or v or their gradients."""
+        """View (size, len_k, hk, *) of k or v or their gradients."""
         if not self.is_packed_k:
             return x[self.first : self.last, self.key : self.key + self.len_k]
-        return x[self.key : self.key + self.count * self.len_k].unflatten(0, (self.count, self.len_k))
+        return x[self.key : self.key + self.size * self.len_k].unflatten(0, (self.size, self.len_k))
 
     def gathered_keys(self, x: Tensor, block_table: Tensor | None) -> Tensor:
-        """`keys`, or with a block table a copy of the segment's pages, (count, len_k, hk, *)."""
+        """`keys`, or with a block table a copy of the segment's pages, (size, len_k, hk, *)."""
         if block_table is None:
             return self.keys(x)
         pages = block_table[self.first : self.last, : math.ceil(self.len_k / x.shape[1])].long()

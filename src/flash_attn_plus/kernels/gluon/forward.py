@@ -61,6 +61,25 @@ class Work:
         return batch, batch_head % self.heads, block * self.ROWS, q_start, k_start, band
 
 
+@record
+class Queries:
+    """Every consumer's tiles of queries: one, or two so that the next arrives early."""
+
+    tiles: gl.shared_memory_descriptor  # [consumers * stages, rows, columns]
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+
+    @gluon.jit
+    def slot(self, i, consumer, CONSUMERS: gl.constexpr):
+        """Where a consumer's i-th tile lies."""
+        return i % (self.tiles.shape[0] // CONSUMERS) * CONSUMERS + consumer
+
+    @gluon.jit
+    def phase(self, i, CONSUMERS: gl.constexpr):
+        """The parity of the i-th tile's barriers."""
+        return i // (self.tiles.shape[0] // CONSUMERS) & 1
+
+
 @gluon.jit
 def _next(tile, tiles, counter_ptr):
     """The tile after this one: drawn from a counter, or dealt in turns where all tiles are alike."""
@@ -73,10 +92,20 @@ def _next(tile, tiles, counter_ptr):
 
 
 @gluon.jit
-def _producer(q_desc, k_desc, v_desc, q_tiles, q_full, q_empty, keys, values, mailbox, work, group, counter_ptr):
+def _fill(i, k_desc, v_desc, keys, values, batch, start, length, head, col0):
+    """Copy in the i-th tiles of K and V."""
+    full = keys.acquire(i, k_desc.block_type.nbytes)
+    load_tile(k_desc, batch, start, length, head, col0, full, keys.tile(i))
+    full = values.acquire(i, v_desc.block_type.nbytes)
+    load_tile(v_desc, batch, start, length, head, col0, full, values.tile(i))
+
+
+@gluon.jit
+def _producer(q_desc, k_desc, v_desc, queries, keys, values, mailbox, work, group, counter_ptr):
     """One warp: hand out tiles, copy in their queries and then keys and values, right to left."""
-    CONSUMERS: gl.constexpr = q_tiles.shape[0]
+    BLOCK_M: gl.constexpr = queries.tiles.shape[1]
     BLOCK_N: gl.constexpr = keys.tiles.shape[1]
+    CONSUMERS: gl.constexpr = work.ROWS // BLOCK_M
     tiles = work.count()
     tile = gl.program_id(0)
     sent = 0
@@ -86,57 +115,77 @@ def _producer(q_desc, k_desc, v_desc, q_tiles, q_full, q_empty, keys, values, ma
         if row0 < band.len_q:
             mailbox.send(sent, tile)
             for w in gl.static_range(CONSUMERS):
-                mbarrier.wait(q_empty.index(w), (sent & 1) ^ 1)
-                mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
-                row = row0 + w * q_tiles.shape[1]
-                load_tile(q_desc, batch, q_start, band.len_q, head, row, q_full.index(w), q_tiles.index(w))
+                slot = queries.slot(sent, w, CONSUMERS)
+                mbarrier.wait(queries.empty.index(slot), queries.phase(sent, CONSUMERS) ^ 1)
+                mbarrier.expect(queries.full.index(slot), q_desc.block_type.nbytes)
+                row = row0 + w * BLOCK_M
+                full = queries.full.index(slot)
+                load_tile(q_desc, batch, q_start, band.len_q, head, row, full, queries.tiles.index(slot))
             first, _, _, end = band.key_tiles(row0, work.ROWS, BLOCK_N)
-            for i in range(end - first):
-                col0 = (end - 1 - i) * BLOCK_N
-                n = copied + i
-                full = keys.acquire(n, k_desc.block_type.nbytes)
-                load_tile(k_desc, batch, k_start, band.len_k, head // group, col0, full, keys.tile(n))
-                full = values.acquire(n, v_desc.block_type.nbytes)
-                load_tile(v_desc, batch, k_start, band.len_k, head // group, col0, full, values.tile(n))
+            head_k = head // group
+            col0 = (end - 1) * BLOCK_N
+            _fill(copied, k_desc, v_desc, keys, values, batch, k_start, band.len_k, head_k, col0)
+            tile = _next(tile, tiles, counter_ptr)  # here the counter's latency is hidden
+            for i in range(1, end - first):
+                col0 -= BLOCK_N
+                _fill(copied + i, k_desc, v_desc, keys, values, batch, k_start, band.len_k, head_k, col0)
             copied += end - first
             sent += 1
-        tile = _next(tile, tiles, counter_ptr)
+        else:
+            tile = _next(tile, tiles, counter_ptr)
     mailbox.send(sent, -1)
     keys.drain(copied)
     values.drain(copied)
 
 
 @gluon.jit
-def _consumer(o_desc, lse_ptr, lse_rows, q_tiles, q_full, q_empty, keys, values, mailbox, work, scale,
+def _first_scores(queries, keys, i, n, is_tile, no_scores, WG: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Issue the first scores of the i-th tile; without one, of whatever lies there."""
+    STAGES: gl.constexpr = keys.tiles.shape[0]
+    slot = queries.slot(i, WG, CONSUMERS)
+    mbarrier.wait(queries.full.index(slot), queries.phase(i, CONSUMERS), pred=is_tile)
+    mbarrier.wait(keys.full.index(n % STAGES), (n // STAGES) & 1, pred=is_tile)
+    q = queries.tiles.index(slot)
+    return warpgroup_mma(q, keys.tile(n).permute((1, 0)), no_scores, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, scale,
               WG: gl.constexpr):  # fmt: skip
     """One warpgroup: 64 query rows of every tile."""
-    BLOCK_M: gl.constexpr = q_tiles.shape[1]
+    BLOCK_M: gl.constexpr = queries.tiles.shape[1]
     BLOCK_N: gl.constexpr = keys.tiles.shape[1]
     BLOCK_D: gl.constexpr = keys.tiles.shape[2]
-    dtype: gl.constexpr = q_tiles.dtype
+    CONSUMERS: gl.constexpr = work.ROWS // BLOCK_M
+    IS_AHEAD: gl.constexpr = queries.tiles.shape[0] > CONSUMERS
+    dtype: gl.constexpr = queries.tiles.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    q = q_tiles.index(WG)
     no_scores = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, s_layout)
     done = 0  # tiles of queries
     n = 0  # tiles of keys
     tile = mailbox.receive(0)
+    s = _first_scores(queries, keys, 0, 0, tile >= 0, no_scores, WG, CONSUMERS)
+    s = warpgroup_mma_wait(0, deps=(s,))
     while tile >= 0:
         batch, head, row0, q_start, _, band = work.locate(tile)
         first, full_first, full_end, end = band.key_tiles(row0, work.ROWS, BLOCK_N)
         row0 += WG * BLOCK_M
         o = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, o_layout)
-        mbarrier.wait(q_full.index(WG), done & 1)
-        keys.wait(n)
-        s = warpgroup_mma(q, keys.tile(n).permute((1, 0)), no_scores, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=(s,))
+        slot = queries.slot(done, WG, CONSUMERS)
+        q = queries.tiles.index(slot)
         keys.release(n)
-        s = band.mask_keys(s, row0, (end - 1) * BLOCK_N, s_layout)
+        if (end <= full_first) | (end > full_end):
+            s = band.mask_keys(s, row0, (end - 1) * BLOCK_N, s_layout)
         row_max, p, row_sum = softmax.start(s, scale)
         weights = gl.convert_layout(p.to(dtype), p_layout, assert_trivial=True)
+        if IS_AHEAD:
+            if done > 0:  # by now the last tile's output has left, and its memory can take queries
+                tma.store_wait(0)
+                mbarrier.arrive(queries.empty.index(queries.slot(done - 1, WG, CONSUMERS)), count=1)
         values.wait(n)
         for i in range(1, end - first):
             block = end - 1 - i
@@ -161,14 +210,22 @@ def _consumer(o_desc, lse_ptr, lse_rows, q_tiles, q_full, q_empty, keys, values,
         line = head if work.cu_q_ptr is not None else batch * work.heads + head
         gl.store(lse_ptr + line.to(gl.int64) * lse_rows + (q_start + rows), lse, mask=rows < band.len_q)
         tile = mailbox.receive(done)
-        o = warpgroup_mma_wait(0, deps=(o,))
+        if IS_AHEAD:  # the next tile's first scores run beside this one's epilogue
+            s = _first_scores(queries, keys, done, n, tile >= 0, no_scores, WG, CONSUMERS)
+            o = warpgroup_mma_wait(1, deps=(o,))
+        else:
+            o = warpgroup_mma_wait(0, deps=(o,))
         values.release(n - 1)
         o = o * gl.expand_dims(gl.convert_layout(factor, o_rows, assert_trivial=True), 1)
         q.store(o.to(dtype))  # the tile of queries is spent: its memory carries the output
         fence_async_shared()
         store_tile(o_desc, batch, q_start, band.len_q, head, row0, q)
-        tma.store_wait(0)
-        mbarrier.arrive(q_empty.index(WG), count=1)
+        if not IS_AHEAD:
+            tma.store_wait(0)
+            mbarrier.arrive(queries.empty.index(slot), count=1)
+            s = _first_scores(queries, keys, done, n, tile >= 0, no_scores, WG, CONSUMERS)
+        s = warpgroup_mma_wait(0, deps=(s,))
+    tma.store_wait(0)
 
 
 @gluon.jit(
@@ -178,8 +235,8 @@ def _consumer(o_desc, lse_ptr, lse_rows, q_tiles, q_full, q_empty, keys, values,
 def attention_forward_kernel(
     q_desc, k_desc, v_desc, o_desc, lse_ptr, cu_q_ptr, cu_k_ptr, counter_ptr,
     batch, heads, group, chunk, len_q, len_k, left, right, lse_rows, scale,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr,
+    STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """out and natural-log lse of softmax(scale * q k^T / log2(e)) v; scale is in log2 units.
 
@@ -191,10 +248,10 @@ def attention_forward_kernel(
     BLOCK_D: gl.constexpr = q_desc.block_type.shape[-1]
     BLOCK_N: gl.constexpr = k_desc.block_type.shape[-2]
     dtype: gl.constexpr = q_desc.dtype
+    SLOTS: gl.constexpr = CONSUMERS * Q_STAGES
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], dtype)
-    q_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS, BLOCK_M, BLOCK_D], layout)
-    q_full = new_barriers(CONSUMERS, 1)
-    q_empty = new_barriers(CONSUMERS, 1)
+    q_tiles = gl.allocate_shared_memory(dtype, [SLOTS, BLOCK_M, BLOCK_D], layout)
+    queries = Queries(q_tiles, new_barriers(SLOTS, 1), new_barriers(SLOTS, 1))
     keys = new_ring(dtype, STAGES, BLOCK_N, BLOCK_D, 6, CONSUMERS)
     values = new_ring(dtype, STAGES, BLOCK_N, BLOCK_D, 6 + STAGES, CONSUMERS)
     mailbox = new_mailbox(CONSUMERS)
@@ -203,21 +260,21 @@ def attention_forward_kernel(
                 CONSUMERS * BLOCK_M)  # fmt: skip
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (_consumer, (o_desc, lse_ptr, lse_rows, q_tiles, q_full, q_empty, keys, values, mailbox, work,
+            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work,
                          scale, 0)),
-            (_consumer, (o_desc, lse_ptr, lse_rows, q_tiles, q_full, q_empty, keys, values, mailbox, work,
+            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work,
                          scale, 1)),
-            (_producer, (q_desc, k_desc, v_desc, q_tiles, q_full, q_empty, keys, values, mailbox, work, group,
+            (_producer, (q_desc, k_desc, v_desc, queries, keys, values, mailbox, work, group,
                          counter_ptr)),
         ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consumer, (o_desc, lse_ptr, lse_rows, q_tiles, q_full, q_empty, keys, values, mailbox, work,
+            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work,
                          scale, 0)),
-            (_consumer, (o_desc, lse_ptr, lse_rows, q_tiles, q_full, q_empty, keys, values, mailbox, work,
+            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work,
                          scale, 1)),
-            (_consumer, (o_desc, lse_ptr, lse_rows, q_tiles, q_full, q_empty, keys, values, mailbox, work,
+            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work,
                          scale, 2)),
-            (_producer, (q_desc, k_desc, v_desc, q_tiles, q_full, q_empty, keys, values, mailbox, work, group,
+            (_producer, (q_desc, k_desc, v_desc, queries, keys, values, mailbox, work, group,
                          counter_ptr)),
         ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip

@@ -23,9 +23,7 @@ def finish(row_max, row_sum, F: tl.constexpr):
     """(factor for the accumulator, natural-log LSE); a row without keys gets 0 and +inf."""
     is_empty = row_sum == 0.0
     total = tl.where(is_empty, 1.0, row_sum)
-    if F.is_exact:
-        lse = row_max + tl.log2(total) * LN2
-    else:
-        lse = (row_max + tl.log2(total)) * LN2
+    maximum = row_max * (1.0 if F.is_exact else LN2)  # from the scores' units
+    lse = maximum + tl.log2(total) * LN2
     lse = tl.where(is_empty, float("inf"), lse)
     return tl.where(is_empty, 0.0, 1.0 / total), lse
