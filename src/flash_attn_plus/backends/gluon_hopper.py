@@ -37,6 +37,8 @@ class GluonHopper(Backend):
         """Gluon is experimental, so only the releases of Triton with which the kernels are tested count."""
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed; install the triton package (it comes with PyTorch's GPU builds)"
+        if not torch.cuda.is_available() or torch.version.hip:
+            return "no NVIDIA GPU is visible to PyTorch"
         import triton
 
         if not triton.__version__.startswith("3.6."):

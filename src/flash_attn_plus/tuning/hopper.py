@@ -26,13 +26,13 @@ class BackwardTile(NamedTuple):
 
 
 FORWARD = {
-    # Four stages beat two by 4 to 9 % up to 2,048 keys and tie beyond.
+    # Four stages beat two by 8 to 15 % up to 2,048 keys, by 1 to 9 % at 8,192.
     "64": ForwardTile(128, 2, 2, 4, 240, 24),
     # A third warpgroup hides more latency, though each then spills: 525 against 466 TFLOP/s at 8,192 keys, but slower
     # under a causal band, whose ends cut deeper into taller tiles, and for short sequences.
     "64 long": ForwardTile(128, 3, 2, 3, 160, 32, spills=28),
-    # Tiles of 128 + 32 or 128 + 64 keys came out 5 % slower, of 64 keys 10 to 18 %. A second stage of queries took
-    # 512 keys from 418 to 486 TFLOP/s and 8,192 causal ones from 593 to 681.
+    # Tiles of 128 + 32 or 128 + 64 keys ran 5 % slower at 8,192 keys, of 64 keys 6 to 18 %. A second stage of queries
+    # took 512 keys from 402 to 486 TFLOP/s and 8,192 causal ones from 616 to 681.
     "128": ForwardTile(128, 2, 2, 2, 240, 24),
     # 128 keys do not fit the registers, a second stage of queries not the shared memory.
     "256": ForwardTile(64, 2, 1, 2, 240, 24),

@@ -1,0 +1,108 @@
+"""The Hopper backend against the oracle on a Hopper GPU, called directly, for every shared case that it serves."""
+
+import pytest
+import torch
+from cases import dense, varlen
+
+from flash_attn_plus.backends import triton_launch
+from flash_attn_plus.backends.gluon_hopper import GluonHopper
+from flash_attn_plus.ops import allocate_outputs
+from flash_attn_plus.testing import Case, arrange, assert_matches_reference, make_inputs
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+CASES = dense("large") | varlen("large")
+NAMES = [
+    name
+    for name, case in CASES.items()
+    if not (case.softcap or case.alibi or case.dropout_p) and case.head_dim % 8 == 0 and case.seqlen_q and case.seqlen_k
+]
+WIDE = Case(batch=2, seqlen_q=1037, seqlen_k=1037, heads=4, heads_k=2, head_dim=128)
+
+
+def run(case: Case, dtype: torch.dtype, with_dlse: bool = False) -> None:
+    """Forward, and backward into poisoned strided buffers where it is served, held to the tolerance rule."""
+    backend, call = GluonHopper(), make_inputs(case, dtype, "cuda")
+    problem = call.problem()
+    assert backend.reasons(problem) == []
+    out, lse = (x.fill_(torch.nan) for x in allocate_outputs(call.inputs.q, call.inputs.v, problem.is_varlen_q))
+    backend.forward(problem, call.inputs, out, lse)
+    results = {"out": out, "lse": lse}
+    if backend.reasons(problem := call.problem(is_backward=True)) == []:
+        layout = "packed" if case.layout == "packed" else "contiguous"
+        poison = (torch.full_like(x, torch.nan, memory_format=torch.contiguous_format) for x in call.inputs[:3])
+        grads = [arrange(x, layout) for x in poison]
+        delta = torch.full_like(lse, torch.nan)
+        dlse = call.dlse if with_dlse else None
+        backend.backward(problem, call.inputs, call.dout, out, lse, dlse, *grads, delta)
+        results |= dict(zip(("dq", "dk", "dv"), grads, strict=True)) | {"delta": delta}
+    assert_matches_reference(call, results, with_dlse=with_dlse)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_shared_cases(name, dtype):
+    case = CASES[name]
+    if GluonHopper().reasons(case.problem(dtype, "cuda")):
+        pytest.skip("not served")
+    run(case, dtype)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("kind", ["full", "causal", "causal_tall", "window", "packed_causal"])
+def test_each_tile_width(kind, head_dim):
+    case = WIDE._replace(head_dim=head_dim)
+    options = {
+        "full": {},
+        "causal": {"right": 0},
+        "causal_tall": {"seqlen_k": 515, "right": 0},
+        "window": {"left": 200, "right": 30},
+        "packed_causal": {"lengths_q": (700, 1, 0, 300), "lengths_k": (600, 9, 5, 300), "trailing": 3, "right": 0},
+    }
+    run(case._replace(**options[kind]), torch.bfloat16, with_dlse=True)
+
+
+def test_hostile_scores():
+    run(WIDE._replace(q_factor=30.0, right=0), torch.bfloat16)
+
+
+def test_dk_and_dv_repeat_bitwise():
+    backend, call = GluonHopper(), make_inputs(WIDE._replace(right=0), torch.bfloat16, "cuda")
+    problem, x = call.problem(is_backward=True), call.inputs
+    out, lse = allocate_outputs(x.q, x.v, False)
+    backend.forward(call.problem(), x, out, lse)
+    found = []
+    for _ in range(3):
+        grads = [torch.empty_like(t) for t in (x.q, x.k, x.v)]
+        backend.backward(problem, x, call.dout, out, lse, None, *grads, torch.empty_like(lse))
+        found.append(grads)
+    for grads in found[1:]:
+        assert torch.equal(grads[1], found[0][1])
+        assert torch.equal(grads[2], found[0][2])
+
+
+def test_scheduler_counter_survives_many_launches_and_graphs():
+    backend, call = GluonHopper(), make_inputs(WIDE._replace(right=0), torch.bfloat16, "cuda")
+    problem, x = call.problem(), call.inputs
+    expected = allocate_outputs(x.q, x.v, False)
+    backend.forward(problem, x, *expected)
+    out, lse = allocate_outputs(x.q, x.v, False)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        backend.forward(problem, x, out, lse)
+    for _ in range(3):
+        out.fill_(torch.nan)
+        graph.replay()
+        backend.forward(problem, x, *expected)
+        assert torch.equal(out, expected[0])
+        assert torch.equal(lse, expected[1])
+
+
+def test_what_the_copy_engine_cannot_reach_runs_on_the_portable_kernels(monkeypatch):
+    calls = []
+    launch = triton_launch.forward
+    monkeypatch.setattr(triton_launch, "forward", lambda *args: calls.append(args) or launch(*args))
+    run(WIDE._replace(layout="sliced", seqlen_q=300), torch.bfloat16)
+    run(WIDE._replace(softmax_scale=-0.3, seqlen_q=300), torch.bfloat16)
+    assert len(calls) == 2
