@@ -1,5 +1,7 @@
 """Descriptors, arguments and grids of the Hopper kernels."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -16,6 +18,8 @@ LOG2E = 1.4426950408889634
 _L2_BYTES = 32 << 20  # what the heads in flight may take of the 50 MB cache
 _RAGGED = 1 << 30  # rows a descriptor of packed sequences counts to
 _ENDLESS = 0x7FFF0000
+_QUERIES = 64  # rows of a warpgroup's tile, as of its matrix instruction
+_KEYS = 128  # keys a program of the backward kernel
 _ALIGN = ends_kernels.ALIGN.value
 _END_ROWS = 32  # rows a program of the kernels around the backward kernel; 64 spill
 
@@ -66,14 +70,14 @@ def tiles_of(x: Tensor, rows: int, cols: int) -> Tiles:
     return Tiles(x, [shape[0], shape[2], shape[1], width], [batch, head, row, 1], (rows, cols))
 
 
-_compiled: dict[tuple, object] = {}
+_compiled: dict[tuple, Any] = {}
 
 
-def _launch(kernel: object, where: torch.device, grid: int, key: tuple, arguments: tuple, constants: dict) -> None:
+def _launch(kernel: Any, where: torch.device, grid: int, key: tuple, arguments: tuple, constants: dict) -> None:
     """Launch, past Triton's inspection of every argument once a kernel for the key is known.
 
-    `key` holds all that the compiled code depends on beside the constants: dtype and presence of optional arguments.
-    The kernels specialise on no value of an argument.
+    `key` holds all that the compiled code depends on beside the constants: dtype, presence of optional arguments and
+    integers beyond 32 bits. The kernels specialise on no value of an argument.
     """
     key = (kernel, where, key, *constants.values())
     known = _compiled.get(key)
@@ -111,12 +115,12 @@ def forward(problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse
     p, x = problem, inputs
     width = hopper.padded_head_dim(p.head_dim)
     tile = hopper.forward_tile(p)
-    tiles = p.batch * p.heads * -(-p.seqlen_q // (64 * tile.consumers))
+    tiles = p.batch * p.heads * -(-p.seqlen_q // (_QUERIES * tile.consumers))
     is_even = p.right < 0 and not (p.is_varlen_q or p.is_varlen_k)
     chunk = _chunk(p.batch * p.heads, p.seqlen_k * width * 4, p.right >= 0)
     arguments = (
-        tiles_of(x.q, 64, width), tiles_of(x.k, tile.block_n, width), tiles_of(x.v, tile.block_n, width),
-        tiles_of(out, 64, width), lse, x.cu_seqlens_q, x.cu_seqlens_k, None if is_even else _counter(p.device),
+        tiles_of(x.q, _QUERIES, width), tiles_of(x.k, tile.block_n, width), tiles_of(x.v, tile.block_n, width),
+        tiles_of(out, _QUERIES, width), lse, x.cu_seqlens_q, x.cu_seqlens_k, None if is_even else _counter(p.device),
         p.batch, p.heads, p.heads // p.heads_k, chunk, p.seqlen_q, p.seqlen_k, p.left, p.right, lse.shape[-1],
         x.softmax_scale * LOG2E,
     )  # fmt: skip
@@ -138,6 +142,11 @@ def _row_strides(x: Tensor) -> tuple[int, int, int]:
     """(batch, sequence, head) strides; a packed tensor has no batch stride."""
     s = x.stride()
     return (0, s[0], s[1]) if x.ndim == 3 else (s[0], s[1], s[2])
+
+
+def _is_long(n: int) -> bool:
+    """Whether Triton passes the number in 64 bits."""
+    return n > 0x7FFFFFFF
 
 
 def backward(
@@ -165,28 +174,36 @@ def backward(
     key = (p.dtype, width, p.is_varlen_q, p.is_varlen_k, dlse is None)
     ends_grid = -(-p.seqlen_q // _ALIGN) * (_ALIGN // _END_ROWS) * p.heads * p.batch
     sizes = {"HEAD_DIM": p.head_dim, "BLOCK_D": width, "ROWS": _END_ROWS}
-    arguments = (
-        out, dout, lse, dlse, delta, statistics, accumulator, x.cu_seqlens_q, *_row_strides(out), *_row_strides(dout),
-        lse.shape[-1], lines, rows, p.seqlen_q, p.heads,
+    strides = (*_row_strides(out), *_row_strides(dout))
+    dlse = None if dlse is None else dlse.contiguous()
+    _launch(
+        ends_kernels.attention_prepare_kernel, p.device, ends_grid, (key, *map(_is_long, strides)),
+        (out, dout, lse, dlse, delta, statistics, accumulator, x.cu_seqlens_q, *strides,
+         lse.shape[-1], lines, rows, p.seqlen_q, p.heads),
+        sizes,
     )  # fmt: skip
-    _launch(ends_kernels.attention_prepare_kernel, p.device, ends_grid, key, arguments, sizes)
     group = p.heads // p.heads_k
     chunk = _chunk(p.batch * p.heads_k, group * p.seqlen_q * width * 8, p.right >= 0)
     arguments = (
-        tiles_of(x.q, 64, width), tiles_of(x.k, 128, width), tiles_of(x.v, 128, width), tiles_of(dout, 64, width),
-        Tiles(statistics, [2, lines, rows], [lines * rows, rows, 1], (1, 64)), tiles_of(by_row, 64, width // 2),
-        tiles_of(dk, 64, width), tiles_of(dv, 64, width), x.cu_seqlens_q, x.cu_seqlens_k,
+        tiles_of(x.q, _QUERIES, width), tiles_of(x.k, _KEYS, width), tiles_of(x.v, _KEYS, width),
+        tiles_of(dout, _QUERIES, width),
+        Tiles(statistics, [2, lines, rows], [lines * rows, rows, 1], (1, _QUERIES)),
+        tiles_of(by_row, _QUERIES, width // 2),
+        tiles_of(dk, _KEYS // 2, width), tiles_of(dv, _KEYS // 2, width), x.cu_seqlens_q, x.cu_seqlens_k,
         p.batch, p.heads, group, chunk, p.seqlen_q, p.seqlen_k, p.left, p.right, x.softmax_scale * LOG2E,
         x.softmax_scale,
     )  # fmt: skip
     constants = {
         "HAS_LEFT": p.left >= 0,
         "HAS_RIGHT": p.right >= 0,
-        "HAS_EDGE": p.is_varlen_k or p.seqlen_k % 128 != 0,
+        "HAS_EDGE": p.is_varlen_k or p.seqlen_k % _KEYS != 0,
         "CONSUMER_REGISTERS": tile.consumer_registers,
         "OTHER_REGISTERS": tile.other_registers,
     }
-    grid = -(-p.seqlen_k // 128) * p.batch * p.heads_k
+    grid = -(-p.seqlen_k // _KEYS) * p.batch * p.heads_k
     _launch(backward_kernels.attention_backward_kernel, p.device, grid, key, arguments, constants)
-    arguments = (accumulator, dq, x.cu_seqlens_q, *_row_strides(dq), rows, p.seqlen_q, p.heads, x.softmax_scale)
-    _launch(ends_kernels.attention_round_dq_kernel, p.device, ends_grid, key, arguments, sizes)
+    dq_strides = _row_strides(dq)
+    _launch(
+        ends_kernels.attention_round_dq_kernel, p.device, ends_grid, (key, *map(_is_long, dq_strides)),
+        (accumulator, dq, x.cu_seqlens_q, *dq_strides, rows, p.seqlen_q, p.heads, x.softmax_scale), sizes,
+    )  # fmt: skip

@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from flash_attn_plus.kernels.gluon.backward_ends import ALIGN
 from flash_attn_plus.kernels.gluon.band import Band, span
 from flash_attn_plus.kernels.gluon.hopper import (
     Ring,
@@ -31,7 +32,6 @@ from flash_attn_plus.kernels.gluon.hopper import (
 )
 from flash_attn_plus.kernels.gluon.tiles import place
 
-ALIGN = gl.constexpr(64)  # sequences begin at multiples of this many rows in the accumulator and the statistics
 _BOTH = gl.constexpr(4)  # ids of hardware barriers: both consumers
 _DQ_FULL = gl.constexpr(5)  # a consumer and the writer; one each
 _RINGS = gl.constexpr(7)

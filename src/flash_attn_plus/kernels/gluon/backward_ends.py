@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-ALIGN: tl.constexpr = tl.constexpr(64)  # as in backward.py
+# Packed sequences begin at multiples of this many rows in the accumulator and the statistics.
+ALIGN: tl.constexpr = tl.constexpr(64)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
