@@ -73,6 +73,15 @@ def test_dense_output_has_the_same_loss(use_flash_attn, last_layer_subset, use_x
             torch.testing.assert_close(dense.get_parameter(part).grad, whole.get_parameter(part).grad)
 
 
+@pytest.mark.parametrize("fields", [{}, {"use_flash_attn": True}])
+def test_chosen_tokens_that_are_padding_are_left_out(fields):
+    model = make_bert(**fields).bert.double()
+    chosen = make_ids(4, 20, seed=8) % 2 == 0
+    whole, part = model(IDS, **CALL), model(IDS, **CALL, masked_tokens_mask=chosen)
+    torch.testing.assert_close(part.last_hidden_state, whole.last_hidden_state[chosen & MASK])
+    torch.testing.assert_close(part.pooler_output, whole.pooler_output)
+
+
 def test_no_loss_without_both_labels():
     assert make_bert()(IDS, **CALL, labels=LABELS).loss is None
 

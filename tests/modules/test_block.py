@@ -140,6 +140,14 @@ def test_dropout_and_stochastic_depth_in_training_only(fused, cls):
     assert is_kept[rows].double().mean().item() == pytest.approx(0.75, abs=0.02)
 
 
+def test_each_branch_of_a_parallel_block_has_its_own_dropout():
+    block = make(ParallelBlock, mixer_cls=Zero, resid_dropout1=0.25, resid_dropout2=0.75).train()
+    x = torch.ones(400, 3, 32, dtype=torch.float64)
+    for first, second, p in ((x, 0 * x, 0.25), (0 * x, x, 0.75)):
+        stream = block(first, second, 0 * x)[-1]
+        assert (stream == 0).double().mean().item() == pytest.approx(p, abs=0.02)
+
+
 @pytest.mark.parametrize("mode", ["row", "batch"])
 def test_stochastic_depth(mode):
     module, x = StochasticDepth(0.5, mode), torch.ones(1000, 3)

@@ -175,8 +175,10 @@ def test_lengths_of_each_sample():
             params = InferenceParams(16, 1, key_value_memory_dict={0: cache[n : n + 1]})
             with torch.no_grad():
                 module(X[n : n + 1, :length], inference_params=params)
-        params = InferenceParams(16, 2, seqlen_offset=7, key_value_memory_dict={0: cache})
-        params.lengths_per_sample = torch.tensor(lengths, dtype=torch.int32)
+        # Another sequence lies in front of them in the cache.
+        cache = torch.cat((torch.full_like(cache[:1], torch.nan), cache))
+        params = InferenceParams(16, 3, seqlen_offset=7, batch_size_offset=1, key_value_memory_dict={0: cache})
+        params.lengths_per_sample = torch.tensor([1, *lengths], dtype=torch.int32)
         step = torch.stack([X[n, length : length + 2] for n, length in enumerate(lengths)])
         with torch.no_grad():
             out = module(step, inference_params=params)
