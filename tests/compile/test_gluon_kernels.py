@@ -3,9 +3,10 @@
 import pytest
 import torch
 from gluon_harness import HOPPER, between_waits, inspect
-from harness import SHARED_MEMORY, Launch, compile_launch, recorded, report
+from harness import SHARED_MEMORY, Launch, compile_launch, device_of, recorded, report
 
 from flash_attn_plus.backends import gluon_launch
+from flash_attn_plus.backends.gluon_hopper import GluonHopper
 from flash_attn_plus.kernels.gluon import backward as backward_kernels
 from flash_attn_plus.kernels.gluon import backward_ends as ends_kernels
 from flash_attn_plus.kernels.gluon import forward as forward_kernels
@@ -80,3 +81,48 @@ def test_backward_rows_keep_gradients_in_registers(head_dim, kind):
 def test_ends_of_the_backward_pass_compile_without_spills(name, kind):
     for head_dim in hopper.BACKWARD:
         assert report(compile_launch(launches(head_dim, kind)[name], HOPPER)).spills == 0
+
+
+class Known:
+    """In the place of a kernel and of what it compiles to: keeps what it is launched with."""
+
+    def __init__(self):
+        self.launches = []
+
+    def __getitem__(self, grid):
+        def launch(*args, num_warps=None, **constants):
+            self.launches.append((grid, (*args, *constants.values())))
+            return self
+
+        return launch
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_later_launches_pass_what_the_first_one_did(monkeypatch, kind):
+    kernel = Known()
+    monkeypatch.setattr(forward_kernels, "attention_forward_kernel", kernel)
+    monkeypatch.setattr("flash_attn_plus.device.probe", lambda where: device_of(HOPPER))
+    q, left, cu = torch.empty(2, 512, 8, 128, dtype=torch.bfloat16), -1, None
+    if kind == "packed_window":
+        q, left, cu = q.flatten(0, 1), 100, torch.tensor([0, 300, 1024], dtype=torch.int32)
+    inputs = AttentionInputs(q, q[..., ::4, :], q[..., ::4, :], 0.1, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    problem = describe(inputs, 512, 512, left, -1 if kind == "full" else 0)
+    plan = GluonHopper().plan_forward(problem, inputs)
+    for _ in range(2):
+        plan(inputs, torch.empty_like(q), torch.empty(2, 8, 512))
+    (first_grid, first), (grid, later) = kernel.launches
+    assert grid == first_grid
+    for descriptor, tiles in zip(first[:4], later[:4], strict=True):
+        assert (descriptor.shape, descriptor.strides) == (tiles.shape, tiles.strides)
+        assert descriptor.padding == tiles.padding
+    assert [x.base is q for x in (first[0], later[0])] == [True, True]
+    same = [a is b or a == b for a, b in zip(first[5:], later[5:], strict=True)]
+    assert all(same)
+
+
+def test_constants_come_in_the_order_of_the_kernels_parameters():
+    found = launches(128, "causal")
+    for launch in found.values():
+        constants = [name for name in launch.options if name != "num_warps"]
+        assert launch.kernel.arg_names[-len(constants) :] == constants
+        assert len(launch.args) + len(constants) == len(launch.kernel.arg_names)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from cases import dense, varlen
 
-from flash_attn_plus.backends import triton_launch
 from flash_attn_plus.backends.gluon_hopper import GluonHopper
 from flash_attn_plus.ops import allocate_outputs
 from flash_attn_plus.testing import Case, arrange, assert_matches_reference, make_inputs
@@ -26,6 +25,8 @@ def run(case: Case, dtype: torch.dtype, with_dlse: bool = False) -> None:
     backend, call = GluonHopper(), make_inputs(case, dtype, "cuda")
     problem = call.problem()
     assert backend.reasons(problem) == []
+    if backend.input_reasons(call.inputs):
+        pytest.skip("inputs not served")
     out, lse = (x.fill_(torch.nan) for x in allocate_outputs(call.inputs.q, call.inputs.v, problem.is_varlen_q))
     backend.forward(problem, call.inputs, out, lse)
     results = {"out": out, "lse": lse}
@@ -99,10 +100,24 @@ def test_scheduler_counter_survives_many_launches_and_graphs():
         assert torch.equal(lse, expected[1])
 
 
-def test_what_the_copy_engine_cannot_reach_runs_on_the_portable_kernels(monkeypatch):
-    calls = []
-    launch = triton_launch.forward
-    monkeypatch.setattr(triton_launch, "forward", lambda *args: calls.append(args) or launch(*args))
-    run(WIDE._replace(layout="sliced", seqlen_q=300), torch.bfloat16)
-    run(WIDE._replace(softmax_scale=-0.3, seqlen_q=300), torch.bfloat16)
-    assert len(calls) == 2
+def test_gradients_that_the_copy_engine_cannot_reach_come_from_the_portable_kernels():
+    backend, call = GluonHopper(), make_inputs(WIDE._replace(right=0), torch.bfloat16, "cuda")
+    x, problem = call.inputs, call.problem(is_backward=True)
+    out, lse = allocate_outputs(x.q, x.v, False)
+    backend.forward(call.problem(), x, out, lse)
+    grads = [arrange(torch.full_like(t, torch.nan), "sliced") for t in (x.q, x.k, x.v)]
+    delta = torch.full_like(lse, torch.nan)
+    backend.backward(problem, x, call.dout, out, lse, None, *grads, delta)
+    assert_matches_reference(call, dict(zip(("dq", "dk", "dv"), grads, strict=True)) | {"delta": delta})
+
+
+@pytest.mark.parametrize(
+    ("case", "word"),
+    [
+        (WIDE._replace(layout="sliced"), "16 bytes"),
+        (WIDE._replace(layout="expanded"), "16 bytes"),
+        (WIDE._replace(softmax_scale=-0.3), "softmax_scale -0.3"),
+    ],
+)
+def test_inputs_it_cannot_serve_are_named(case, word):
+    assert word in " ".join(GluonHopper().input_reasons(make_inputs(case, torch.bfloat16, "cuda").inputs))

@@ -1,10 +1,11 @@
 """The Hopper backend: warp-specialised Gluon kernels for compute capability 9.0.
 
-A call whose tensors the copy engine cannot reach (base or strides no multiple of 16 bytes), or whose softmax scale is
-not positive, runs on the portable Triton kernels instead: the description of a call does not tell these.
+The copy engine wants addresses and strides in multiples of 16 bytes. Inputs without them are refused; outputs and
+gradients without them, which come after the choice of a backend, are filled by the portable Triton kernels.
 """
 
 import importlib.util
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,6 +14,15 @@ from flash_attn_plus import device
 from flash_attn_plus.backends.base import Backend, Capability
 from flash_attn_plus.problem import AttentionInputs, AttentionProblem
 from flash_attn_plus.tuning import hopper
+
+
+def can_copy(x: Tensor) -> bool:
+    """Whether the copy engine reaches the tensor: base and strides in multiples of 16 bytes, none of them 0."""
+    mask = 16 // x.element_size() - 1
+    for n, s in zip(x.shape[:-1], x.stride(), strict=False):
+        if n > 1 and (s <= 0 or s & mask):
+            return False
+    return x.data_ptr() & 15 == 0
 
 
 class GluonHopper(Backend):
@@ -62,18 +72,32 @@ class GluonHopper(Backend):
             found.append("deterministic not implemented: dq is summed in no fixed order")
         return found
 
+    def input_reasons(self, inputs: AttentionInputs) -> list[str]:
+        """The copy engine's conditions, and a positive scale: maxima are taken before it is applied."""
+        found = [
+            f"{name} has an address or strides {x.stride()} that are no positive multiples of 16 bytes"
+            for name, x in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v))
+            if not can_copy(x)
+        ]
+        if inputs.softmax_scale <= 0.0:
+            found.append(f"softmax_scale {inputs.softmax_scale} is not positive")
+        return found
+
+    def plan_forward(self, problem: AttentionProblem, inputs: AttentionInputs) -> Callable[..., None]:
+        """See Backend.plan_forward: keeps the compiled kernel and the shapes of its descriptors."""
+        from flash_attn_plus.backends import gluon_launch
+
+        return gluon_launch.ForwardPlan(problem, inputs)
+
     def forward(self, problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:
         """See Backend.forward; one kernel."""
         from flash_attn_plus.backends import gluon_launch, triton_launch
 
-        fits = inputs.softmax_scale > 0.0 and all(map(gluon_launch.can_copy, (inputs.q, inputs.k, inputs.v, out)))
-        (gluon_launch if fits else triton_launch).forward(problem, inputs, out, lse)
+        (gluon_launch if can_copy(out) else triton_launch).forward(problem, inputs, out, lse)
 
     def backward(self, problem, inputs, dout, out, lse, dlse, dq, dk, dv, delta) -> None:
         """See Backend.backward; three kernels."""
         from flash_attn_plus.backends import gluon_launch, triton_launch
 
-        tensors = (inputs.q, inputs.k, inputs.v, dout, out, dq, dk, dv)
-        fits = inputs.softmax_scale > 0.0 and all(map(gluon_launch.can_copy, tensors))
-        launch = gluon_launch if fits else triton_launch
+        launch = gluon_launch if all(map(can_copy, (dout, out, dq, dk, dv))) else triton_launch
         launch.backward(problem, inputs, dout, out, lse, dlse, dq, dk, dv, delta)

@@ -24,15 +24,6 @@ _ALIGN = ends_kernels.ALIGN.value
 _END_ROWS = 32  # rows a program of the kernels around the backward kernel; 64 spill
 
 
-def can_copy(x: Tensor) -> bool:
-    """Whether the copy engine reaches the tensor: base and strides in multiples of 16 bytes, none of them 0."""
-    mask = 16 // x.element_size() - 1
-    for n, s in zip(x.shape[:-1], x.stride(), strict=False):
-        if n > 1 and (s <= 0 or s & mask):
-            return False
-    return x.data_ptr() & 15 == 0
-
-
 class Tiles:
     """What a launch needs to know of a tensor that is copied in boxes of [rows, cols] of one head.
 
@@ -44,6 +35,10 @@ class Tiles:
 
     def __init__(self, base: Tensor, shape: list[int], strides: list[int], box: tuple[int, int]):
         self.base, self.shape, self.strides, self.box, self.padding = base, shape, strides, box, "zero"
+
+    def of(self, base: Tensor) -> "Tiles":
+        """The same boxes of another tensor of the same shape and strides."""
+        return Tiles(base, self.shape, self.strides, self.box)
 
     def checked(self) -> TensorDescriptor:
         """The same as Triton's descriptor, from which a kernel's type is derived."""
@@ -73,23 +68,31 @@ def tiles_of(x: Tensor, rows: int, cols: int) -> Tiles:
 _compiled: dict[tuple, Any] = {}
 
 
-def _launch(kernel: Any, where: torch.device, grid: int, key: tuple, arguments: tuple, constants: dict) -> None:
-    """Launch, past Triton's inspection of every argument once a kernel for the key is known.
+class _Launch:
+    """A launch past Triton's inspection of every argument, once a kernel for the key is compiled.
 
     `key` holds all that the compiled code depends on beside the constants: dtype, presence of optional arguments and
     integers beyond 32 bits. The kernels specialise on no value of an argument.
     """
-    key = (kernel, where, key, *constants.values())
-    known = _compiled.get(key)
-    if where.type == "cuda" and where.index != torch.cuda.current_device():
-        with torch.cuda.device(where):
-            return _launch(kernel, where, grid, key[2], arguments, constants)
-    if known is None:
+
+    def __init__(self, kernel: Any, where: torch.device, grid: int, key: tuple, constants: dict[str, Any]):
+        self._kernel, self._where, self._grid, self._constants = kernel, where, (grid, 1, 1), constants
+        self._values = tuple(constants.values())
+        self._key = (kernel, where, *key, *self._values)
+
+    def __call__(self, *arguments: object) -> None:
+        """Launch on the current stream of the tensors' device."""
+        where = self._where
+        if where.type == "cuda" and where.index != torch.cuda.current_device():
+            with torch.cuda.device(where):
+                return self(*arguments)
+        known = _compiled.get(self._key)
+        if known is not None:
+            known[self._grid](*arguments, *self._values)
+            return None
         checked = [x.checked() if isinstance(x, Tiles) else x for x in arguments]
-        _compiled[key] = kernel[(grid,)](*checked, **constants, num_warps=4)
+        _compiled[self._key] = self._kernel[self._grid](*checked, **self._constants, num_warps=4)
         return None
-    known[(grid, 1, 1)](*arguments, *constants.values())
-    return None
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
@@ -110,32 +113,51 @@ def _chunk(heads: int, bytes_a_head: int, has_right: bool) -> int:
     return max(1, min(heads, _L2_BYTES // bytes_a_head)) if has_right else 1
 
 
+class ForwardPlan:
+    """The forward kernel for calls that differ in their tensors' contents only.
+
+    As many programs as processors each take tiles of queries until none is left.
+    """
+
+    def __init__(self, problem: AttentionProblem, inputs: AttentionInputs):
+        p, x = problem, inputs
+        width = hopper.padded_head_dim(p.head_dim)
+        tile = hopper.forward_tile(p)
+        tiles = p.batch * p.heads * -(-p.seqlen_q // (_QUERIES * tile.consumers))
+        self._is_even = p.right < 0 and not (p.is_varlen_q or p.is_varlen_k)
+        self._device, self._width = p.device, width
+        self._tiles = (
+            tiles_of(x.q, _QUERIES, width),
+            tiles_of(x.k, tile.block_n, width),
+            tiles_of(x.v, tile.block_n, width),
+        )
+        chunk = _chunk(p.batch * p.heads, p.seqlen_k * width * 4, p.right >= 0)
+        self._sizes = (p.batch, p.heads, p.heads // p.heads_k, chunk, p.seqlen_q, p.seqlen_k, p.left, p.right)
+        constants = {
+            "HAS_LEFT": p.left >= 0,
+            "HAS_RIGHT": p.right >= 0,
+            "CONSUMERS": tile.consumers,
+            "Q_STAGES": tile.query_stages,
+            "STAGES": tile.stages,
+            "CONSUMER_REGISTERS": tile.consumer_registers,
+            "PRODUCER_REGISTERS": tile.producer_registers,
+        }
+        key = (p.dtype, width, tile.block_n, p.is_varlen_q, p.is_varlen_k, self._is_even)
+        grid = min(tiles, device.probe(p.device).processors)
+        self._launch = _Launch(forward_kernels.attention_forward_kernel, p.device, grid, key, constants)
+
+    def __call__(self, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:
+        """Fill out and lse."""
+        x, (q, k, v) = inputs, self._tiles
+        self._launch(
+            q.of(x.q), k.of(x.k), v.of(x.v), tiles_of(out, _QUERIES, self._width), lse, x.cu_seqlens_q, x.cu_seqlens_k,
+            None if self._is_even else _counter(self._device), *self._sizes, lse.shape[-1], x.softmax_scale * LOG2E,
+        )  # fmt: skip
+
+
 def forward(problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:
-    """Launch the forward kernel: as many programs as processors, each taking tiles until none is left."""
-    p, x = problem, inputs
-    width = hopper.padded_head_dim(p.head_dim)
-    tile = hopper.forward_tile(p)
-    tiles = p.batch * p.heads * -(-p.seqlen_q // (_QUERIES * tile.consumers))
-    is_even = p.right < 0 and not (p.is_varlen_q or p.is_varlen_k)
-    chunk = _chunk(p.batch * p.heads, p.seqlen_k * width * 4, p.right >= 0)
-    arguments = (
-        tiles_of(x.q, _QUERIES, width), tiles_of(x.k, tile.block_n, width), tiles_of(x.v, tile.block_n, width),
-        tiles_of(out, _QUERIES, width), lse, x.cu_seqlens_q, x.cu_seqlens_k, None if is_even else _counter(p.device),
-        p.batch, p.heads, p.heads // p.heads_k, chunk, p.seqlen_q, p.seqlen_k, p.left, p.right, lse.shape[-1],
-        x.softmax_scale * LOG2E,
-    )  # fmt: skip
-    constants = {
-        "HAS_LEFT": p.left >= 0,
-        "HAS_RIGHT": p.right >= 0,
-        "CONSUMERS": tile.consumers,
-        "Q_STAGES": tile.query_stages,
-        "STAGES": tile.stages,
-        "CONSUMER_REGISTERS": tile.consumer_registers,
-        "PRODUCER_REGISTERS": tile.producer_registers,
-    }
-    key = (p.dtype, width, tile.block_n, p.is_varlen_q, p.is_varlen_k, is_even)
-    grid = min(tiles, device.probe(p.device).processors)
-    _launch(forward_kernels.attention_forward_kernel, p.device, grid, key, arguments, constants)
+    """Launch the forward kernel."""
+    ForwardPlan(problem, inputs)(inputs, out, lse)
 
 
 def _row_strides(x: Tensor) -> tuple[int, int, int]:
@@ -176,23 +198,13 @@ def backward(
     sizes = {"HEAD_DIM": p.head_dim, "BLOCK_D": width, "ROWS": _END_ROWS}
     strides = (*_row_strides(out), *_row_strides(dout))
     dlse = None if dlse is None else dlse.contiguous()
-    _launch(
-        ends_kernels.attention_prepare_kernel, p.device, ends_grid, (key, *map(_is_long, strides)),
-        (out, dout, lse, dlse, delta, statistics, accumulator, x.cu_seqlens_q, *strides,
-         lse.shape[-1], lines, rows, p.seqlen_q, p.heads),
-        sizes,
+    prepare_key = (*key, *map(_is_long, strides))
+    _Launch(ends_kernels.attention_prepare_kernel, p.device, ends_grid, prepare_key, sizes)(
+        out, dout, lse, dlse, delta, statistics, accumulator, x.cu_seqlens_q, *strides, lse.shape[-1], lines, rows,
+        p.seqlen_q, p.heads,
     )  # fmt: skip
     group = p.heads // p.heads_k
     chunk = _chunk(p.batch * p.heads_k, group * p.seqlen_q * width * 8, p.right >= 0)
-    arguments = (
-        tiles_of(x.q, _QUERIES, width), tiles_of(x.k, _KEYS, width), tiles_of(x.v, _KEYS, width),
-        tiles_of(dout, _QUERIES, width),
-        Tiles(statistics, [2, lines, rows], [lines * rows, rows, 1], (1, _QUERIES)),
-        tiles_of(by_row, _QUERIES, width // 2),
-        tiles_of(dk, _KEYS // 2, width), tiles_of(dv, _KEYS // 2, width), x.cu_seqlens_q, x.cu_seqlens_k,
-        p.batch, p.heads, group, chunk, p.seqlen_q, p.seqlen_k, p.left, p.right, x.softmax_scale * LOG2E,
-        x.softmax_scale,
-    )  # fmt: skip
     constants = {
         "HAS_LEFT": p.left >= 0,
         "HAS_RIGHT": p.right >= 0,
@@ -201,9 +213,17 @@ def backward(
         "OTHER_REGISTERS": tile.other_registers,
     }
     grid = -(-p.seqlen_k // _KEYS) * p.batch * p.heads_k
-    _launch(backward_kernels.attention_backward_kernel, p.device, grid, key, arguments, constants)
-    dq_strides = _row_strides(dq)
-    _launch(
-        ends_kernels.attention_round_dq_kernel, p.device, ends_grid, (key, *map(_is_long, dq_strides)),
-        (accumulator, dq, x.cu_seqlens_q, *dq_strides, rows, p.seqlen_q, p.heads, x.softmax_scale), sizes,
+    _Launch(backward_kernels.attention_backward_kernel, p.device, grid, key, constants)(
+        tiles_of(x.q, _QUERIES, width), tiles_of(x.k, _KEYS, width), tiles_of(x.v, _KEYS, width),
+        tiles_of(dout, _QUERIES, width),
+        Tiles(statistics, [2, lines, rows], [lines * rows, rows, 1], (1, _QUERIES)),
+        tiles_of(by_row, _QUERIES, width // 2),
+        tiles_of(dk, _KEYS // 2, width), tiles_of(dv, _KEYS // 2, width), x.cu_seqlens_q, x.cu_seqlens_k,
+        p.batch, p.heads, group, chunk, p.seqlen_q, p.seqlen_k, p.left, p.right, x.softmax_scale * LOG2E,
+        x.softmax_scale,
     )  # fmt: skip
+    dq_strides = _row_strides(dq)
+    round_key = (*key, *map(_is_long, dq_strides))
+    _Launch(ends_kernels.attention_round_dq_kernel, p.device, ends_grid, round_key, sizes)(
+        accumulator, dq, x.cu_seqlens_q, *dq_strides, rows, p.seqlen_q, p.heads, x.softmax_scale
+    )
