@@ -9,6 +9,8 @@ from flash_attn.modules.mha import get_alibi_slopes
 from flash_attn.ops.triton.layer_norm import RMSNorm
 from tiny_models import FLASH_ONLY, ROTARY, STRUCTURES, GPT2Config, assert_same, flat_gradients, make_gpt, make_ids
 
+from flash_attn_plus.testing import assert_close
+
 IDS = make_ids(2, 17)
 FUSED = {"use_flash_attn": True, "fused_bias_fc": True, "fused_dropout_add_ln": True}
 PLAIN_MLPS = ("gelu_new", "relu", "sqrelu")
@@ -21,6 +23,17 @@ def test_implementations_agree_forward_and_backward(name):
     torch.testing.assert_close(fused(IDS).logits, plain(IDS).logits)
     actual, expected = (flat_gradients(model, lambda m: (m(IDS).logits * weight).sum()) for model in (fused, plain))
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_half_precision(name, dtype):
+    precise, plain = make_gpt(STRUCTURES[name]).to(dtype), make_gpt(STRUCTURES[name]).to(dtype)
+    fused = make_gpt(STRUCTURES[name], **FUSED).to(dtype)
+    with torch.no_grad():
+        reference, eager, actual = (model(IDS).logits for model in (precise.double(), plain, fused))
+    assert actual.dtype == dtype
+    assert_close("logits", actual, reference, eager)
 
 
 @pytest.mark.parametrize("activation", PLAIN_MLPS)

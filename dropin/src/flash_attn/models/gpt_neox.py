@@ -21,6 +21,7 @@ _REMAP = Remap(
         Rule(LAYER + "mixer.out_proj.*", _THEIRS + "attention.dense.*"),
     ],
     dropped=r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$|^gpt_neox\.rotary_emb\.",
+    renamed=((r"^lm_head\.", "embed_out."),),  # the head's name in transformers 5
 )
 
 

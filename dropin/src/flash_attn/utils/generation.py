@@ -32,12 +32,13 @@ __all__ = [
 
 @cache
 def _output_class(name):
-    """A class of transformers if it is installed and has it, else a namedtuple of the same name."""
+    """A class of transformers if it is installed, else a namedtuple of the same name."""
     try:
         from transformers import generation
     except ImportError:
         return namedtuple(name, ("sequences", "scores"))
-    return getattr(generation, name, None) or namedtuple(name, ("sequences", "scores"))
+    # Version 5 keeps only the class of which the others had become second names.
+    return getattr(generation, name, None) or generation.GenerateDecoderOnlyOutput
 
 
 def _output(sequences, scores, is_greedy):
