@@ -150,7 +150,7 @@ def pytorch_profiler(
         if has_cuda:
             torch.cuda.synchronize()
     if verbose:
-        longest = "self_device_time_total" if has_cuda else "self_cpu_time_total"
+        longest = "self_device_time_total" if device_type == "cuda" else "self_cpu_time_total"
         print(profile.key_averages().table(sort_by=longest, row_limit=50))
     if trace_filename is not None:
         profile.export_chrome_trace(trace_filename)
