@@ -217,7 +217,17 @@ def backward_into(
         inputs, max_seqlen_q, max_seqlen_k, window_size_left, window_size_right,
         is_backward=True, is_deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
-    return run_backward(problem, inputs, rows_last(dout), rows_last(out), lse.contiguous(), dlse, dq, dk, dv)
+    return run_backward(
+        problem,
+        inputs,
+        rows_last(dout),
+        rows_last(out),
+        lse.contiguous(),
+        None if dlse is None else dlse.contiguous(),
+        dq,
+        dk,
+        dv,
+    )
 
 
 def _backward_fake(

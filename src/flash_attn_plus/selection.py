@@ -14,20 +14,21 @@ from flash_attn_plus.problem import AttentionInputs, AttentionProblem
 
 # name -> (module, class); imported when first asked for, so that no optional package is touched before.
 _REGISTRY = {
+    "gluon": ("flash_attn_plus.backends.gluon_hopper", "GluonHopper"),
     "triton": ("flash_attn_plus.backends.triton_portable", "TritonPortable"),
     "torch": ("flash_attn_plus.backends.torch_eager", "TorchEager"),
 }
 # Known names without an adapter in this version: `explain` says so instead of staying silent.
 _ABSENT = {
-    "flaggems": "no FlagGems adapter in this version; calls go to the triton backend",
-    "cuda": "no adapter for the original CUDA kernels in this version; calls go to the triton backend",
+    "flaggems": "no FlagGems adapter in this version; calls go to our own kernels",
+    "cuda": "no adapter for the original CUDA kernels in this version; calls go to our own kernels",
 }
-NAMES = ("triton", "cuda", "flaggems", "torch")
+NAMES = ("gluon", "triton", "cuda", "flaggems", "torch")
 
 _ORDERS = {
-    None: ("triton", "cuda", "flaggems", "torch"),
-    True: ("flaggems", "triton", "torch"),
-    False: ("cuda", "triton", "torch"),
+    None: ("gluon", "triton", "cuda", "flaggems", "torch"),
+    True: ("flaggems", "gluon", "triton", "torch"),
+    False: ("cuda", "gluon", "triton", "torch"),
 }
 _CPU_FIRST = ("torch",)  # Triton reaches CPU tensors only under its interpreter: for tests, when asked for by name
 
@@ -66,8 +67,13 @@ def get(name: str) -> Backend:
     return getattr(importlib.import_module(module), cls)()
 
 
-def _reasons(name: str, problem: AttentionProblem) -> list[str]:
-    return [_ABSENT[name]] if name in _ABSENT else get(name).reasons(problem)
+def _reasons(name: str, problem: AttentionProblem, is_forced: bool) -> list[str]:
+    if name in _ABSENT:
+        return [_ABSENT[name]]
+    backend = get(name)
+    found = backend.reasons(problem)
+    rather = None if found or is_forced else backend.yields(problem)
+    return [rather] if rather else found
 
 
 @contextmanager
@@ -98,7 +104,7 @@ def _choose(
     for name in order:
         if name in refusals:
             continue
-        reasons = _reasons(name, problem)
+        reasons = _reasons(name, problem, bool(forced))
         if not reasons:
             if prefers_flaggems is not None and refusals and not forced and problem.device.type != "cpu":
                 _say_once(env.USE_FLAGGEMS, prefers_flaggems, refusals, name)
@@ -147,7 +153,7 @@ def explain_problem(problem: AttentionProblem) -> Explanation:
     order = (forced,) if forced else _order(problem, preference)
     verdicts, chosen = [], None
     for name in (*order, *(n for n in NAMES if n not in order)):
-        reasons = _reasons(name, problem)
+        reasons = _reasons(name, problem, bool(forced))
         if not reasons and name not in order:
             reasons = [f"{forced} is asked for by name" if forced else "not in the order of preference for this call"]
         is_chosen = not reasons and chosen is None

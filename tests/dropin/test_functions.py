@@ -244,7 +244,8 @@ def test_autograd_classes_take_their_positional_order(invoke):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_number_of_gradients(name, invoke, golden):
     made = invoke(name, CASES["causal"])
-    node = made().grad_fn
+    out = made()  # kept alive: the node saves it
+    node = out.grad_fn
     cls = node._forward_cls
     assert len(cls.backward(node, made.call.dout)) == golden["gradients"][cls.__name__]
     assert golden["gradients"][cls.__name__] == len(golden["autograd"][cls.__name__]) - 1

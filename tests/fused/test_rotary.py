@@ -90,10 +90,10 @@ def test_strided_inputs(path, device):
     x = normal(BATCH, HEADS, LENGTH, 16, dtype=torch.float32, device=device)
     transposed = x.transpose(1, 2)
     expected = apply_rotary(transposed.contiguous(), cos, sin)
-    assert torch.equal(apply_rotary(transposed, cos, sin), expected)
+    torch.testing.assert_close(apply_rotary(transposed, cos, sin), expected)
     with_stride = torch.stack((transposed, transposed), -1)[..., 0]
-    assert torch.equal(apply_rotary(with_stride, cos, sin), expected)
-    assert torch.equal(apply_rotary(transposed, cos.t().contiguous().t(), sin), expected)
+    torch.testing.assert_close(apply_rotary(with_stride, cos, sin), expected)
+    torch.testing.assert_close(apply_rotary(transposed, cos.t().contiguous().t(), sin), expected)
 
 
 def test_conjugate_turns_back(path, device):
@@ -136,7 +136,9 @@ def test_packed_kv(path, device):
     cos, sin = tables(LENGTH, 8, device)
 
     def formula(kv):
-        k = formulas.rotary(kv[:, :, 0], cos.to(kv.dtype), sin.to(kv.dtype), positions=torch.arange(LENGTH))
+        k = formulas.rotary(
+            kv[:, :, 0], cos.to(kv.dtype), sin.to(kv.dtype), positions=torch.arange(LENGTH, device=kv.device)
+        )
         return torch.stack((k, kv[:, :, 1]), 2)
 
     def actual(kv):
@@ -216,11 +218,12 @@ def test_module(path, device, scale_base, is_packed):
 
 def test_module_keeps_its_tables(device):
     module = RotaryEmbedding(16, device=device)
-    module._update_cos_sin_cache(8, device=torch.device(device), dtype=torch.float32)
+    where = module.inv_freq.device  # a bare "cuda" would differ from the "cuda:0" of what was made there
+    module._update_cos_sin_cache(8, device=where, dtype=torch.float32)
     first = module._cos_cached
-    module._update_cos_sin_cache(5, device=torch.device(device), dtype=torch.float32)
+    module._update_cos_sin_cache(5, device=where, dtype=torch.float32)
     assert module._cos_cached is first
-    module._update_cos_sin_cache(9, device=torch.device(device), dtype=torch.float32)
+    module._update_cos_sin_cache(9, device=where, dtype=torch.float32)
     assert module._cos_cached.shape == (9, 8)
     module.to(torch.bfloat16)._update_cos_sin_cache(9, device=torch.device(device), dtype=torch.bfloat16)
     exact = RotaryEmbedding(16, device=device)

@@ -22,7 +22,7 @@ _SHAPES = {
 
 def _check_packing(packing, tensors, sequences) -> None:
     packed, slots = tensors[-1], 3 if packing == "qkv" else 2
-    is_dense = sequences is DENSE
+    is_dense = sequences[0] is None
     if packed.ndim != (5 if is_dense else 4) or packed.shape[-3] != slots:
         raise InvalidArgument(f"{_SHAPES[packing, is_dense]}, not {tuple(packed.shape)}")
 
@@ -31,7 +31,7 @@ def _resolve(packing, tensors, sequences, softmax_scale, causal, window_size):
     """sequences with integer lengths, the scale, and the band."""
     if packing != "q_k_v":
         _check_packing(packing, tensors, sequences)
-    if sequences is not DENSE:
+    if sequences[0] is not None:
         cu_q, cu_k, longest_q, longest_k = sequences
         sequences = (cu_q, cu_k, as_length("max_seqlen_q", longest_q, cu_q), as_length("max_seqlen_k", longest_k, cu_k))
     if softmax_scale is None:

@@ -50,6 +50,10 @@ class Backend(ABC):
         missing = self.unavailable()
         return [missing] if missing else self.capability.reasons(problem)
 
+    def yields(self, problem: AttentionProblem) -> str | None:
+        """Why the next backend should rather serve a problem that this one can; asked when none is asked for by name."""
+        return None
+
     def input_reasons(self, inputs: AttentionInputs) -> list[str]:
         """Reasons that only the tensors tell, such as alignment; asked after `reasons` found none."""
         return []

@@ -25,6 +25,10 @@ def can_copy(x: Tensor) -> bool:
     return x.data_ptr() & 15 == 0
 
 
+# Products of a call that runs for about 20 microseconds: below it the host's time for a launch decides.
+SMALLEST_WORK = 2 * 10**9
+
+
 class GluonHopper(Backend):
     """Forward and backward on H100, H200 and GH200."""
 
@@ -71,6 +75,13 @@ class GluonHopper(Backend):
         if problem.is_backward and problem.is_deterministic:
             found.append("deterministic not implemented: dq is summed in no fixed order")
         return found
+
+    def yields(self, problem: AttentionProblem) -> str | None:
+        """Small calls to the portable kernels, whose launch takes half the host time."""
+        p = problem
+        if p.batch * p.heads * p.seqlen_q * p.seqlen_k * p.head_dim < SMALLEST_WORK:
+            return "yields a call this small to kernels that launch faster"
+        return None
 
     def input_reasons(self, inputs: AttentionInputs) -> list[str]:
         """The copy engine's conditions, and a positive scale: maxima are taken before it is applied."""

@@ -22,8 +22,20 @@ def unit(F: tl.constexpr):
 def power(x, F: tl.constexpr):
     """exp of x, which is in the scores' units."""
     if F.is_exact:
-        x = x * LOG2E
+        return _exact_exp(x)
     return tl.exp2(x)
+
+
+@triton.jit
+def _exact_exp(x):
+    """exp x to about one rounding, where the hardware's exponential has four: 2 ** n times a series in the rest."""
+    bounded = tl.minimum(tl.maximum(x, -104.0), 89.0)  # beyond: 0 and infinity
+    n = tl.floor(bounded * LOG2E + 0.5)
+    rest = (bounded - n * 0.693359375) + n * 2.12194440e-4  # ln 2 in two parts; the first product is exact
+    series = 1.0 / 720 + rest * (1.0 / 5040)
+    series = 0.5 + rest * (1.0 / 6 + rest * (1.0 / 24 + rest * (1.0 / 120 + rest * series)))
+    y = (1.0 + (rest + rest * rest * series)) * tl.exp2(n)
+    return tl.where(x == x, y, x)
 
 
 @triton.jit
@@ -96,5 +108,5 @@ def slope_of(slopes_ptr, batch, head, stride_slopes, F: tl.constexpr):
 def add_product(a, b, total, F: tl.constexpr):
     """total + a b. In float32 each tile's product is summed by itself first: short chains of roundings."""
     if F.is_exact:
-        return total + tl.dot(a, b, input_precision=F.precision)
+        return total - tl.dot(-a, b, input_precision=F.precision)  # the compiler would fold a sum into the product
     return tl.dot(a, b, total, input_precision=F.precision)
