@@ -17,7 +17,7 @@ import torch
 from triton.testing import do_bench
 
 import flash_attn_plus
-from benchmarks.providers import FACTORIES, Attention, available
+from benchmarks.providers import FACTORIES, Attention, available, serving
 from benchmarks.record import RESULTS, Record
 
 TOKENS, FEATURES = 16384, 2048
@@ -75,9 +75,10 @@ def throughput(record: Record, providers: dict[str, Attention], lengths: list[in
                 case = f"d{head_dim} s{length} {'causal' if causal else 'full'}"
                 for name, run in providers.items():
                     for direction in ("forward", "backward"):
-                        value = _throughput(run, causal, tensors, direction == "backward")
-                        if value is not None and not _is_right(run(*tensors[:3], causal), reference):
-                            raise SystemExit(f"{name} is wrong on {case}")
+                        with serving(name):
+                            value = _throughput(run, causal, tensors, direction == "backward")
+                            if value is not None and not _is_right(run(*tensors[:3], causal), reference):
+                                raise SystemExit(f"{name} is wrong on {case}")
                         record.add("attention", case, name, direction, value, "TFLOP/s")
 
 

@@ -1,24 +1,26 @@
 """Attention libraries under one calling convention: fn(q, k, v, causal) on (batch, seqlen, heads, head_dim) tensors."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flash_attn_plus
+from flash_attn_plus import selection
 
 Attention = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 
 
-def ours(backend: str) -> Attention:
-    """One of our backends by name."""
+def ours(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """The engine; `serving` decides by which backend."""
+    return flash_attn_plus.attention(q, k, v, causal=causal)
 
-    def run(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        with flash_attn_plus.use_backend(backend):
-            return flash_attn_plus.attention(q, k, v, causal=causal)
 
-    return run
+def serving(name: str) -> AbstractContextManager[None]:
+    """Within the block, backward passes included, our backend of that name serves; nothing for other providers."""
+    return flash_attn_plus.use_backend(name) if name in selection.NAMES else nullcontext()
 
 
 def sdpa(backend: SDPBackend) -> Attention:
@@ -66,8 +68,8 @@ def flaggems() -> Attention:
 
 
 FACTORIES: dict[str, Callable[[], Attention]] = {
-    "triton": lambda: ours("triton"),
-    "gluon": lambda: ours("gluon"),
+    "triton": lambda: ours,
+    "gluon": lambda: ours,
     "FA2 (SDPA)": lambda: sdpa(SDPBackend.FLASH_ATTENTION),
     "cuDNN (SDPA)": lambda: sdpa(SDPBackend.CUDNN_ATTENTION),
     "FlexAttention": flex,

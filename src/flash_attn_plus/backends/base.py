@@ -51,7 +51,7 @@ class Backend(ABC):
         return [missing] if missing else self.capability.reasons(problem)
 
     def yields(self, problem: AttentionProblem) -> str | None:
-        """Why the next backend should rather serve a problem that this one can; asked when none is asked for by name."""
+        """Why the next backend should rather serve what this one can; asked when none is asked for by name."""
         return None
 
     def input_reasons(self, inputs: AttentionInputs) -> list[str]:
