@@ -125,3 +125,51 @@ def test_fp32_precision_is_one_of_three(monkeypatch):
 def test_capability_reasons_name_the_offending_value():
     reasons = selection.get("torch").reasons(problem(head_dim=1024, head_dim_v=640, dtype=torch.int8))
     assert reasons == ["dtype int8 not supported", "head_dim 1024 > 512", "head_dim_v 640 > 512"]
+
+
+class Stub:
+    """A backend of which only the answers matter."""
+
+    def __init__(self, name, reasons=(), yields=None, input_reasons=()):
+        self.name, self._answers = name, (list(reasons), yields, list(input_reasons))
+
+    def reasons(self, problem):
+        return self._answers[0]
+
+    def yields(self, problem):
+        return self._answers[1]
+
+    def input_reasons(self, inputs):
+        return self._answers[2]
+
+
+@pytest.fixture
+def stubs(monkeypatch):
+    """Stand-ins for the registered backends of a GPU call; returns the function that sets them."""
+
+    def use(**backends):
+        selection._choose.cache_clear()
+        monkeypatch.setattr(selection, "get", lambda name: backends.get(name) or Stub(name, ["not here"]))
+
+    yield use
+    selection._choose.cache_clear()
+
+
+def on_gpu():
+    return problem()._replace(device=torch.device("cuda", 0))
+
+
+def test_a_backend_may_yield_unless_asked_for_by_name(stubs):
+    stubs(gluon=Stub("gluon", yields="too small"), triton=Stub("triton"))
+    assert selection.choose(on_gpu()).name == "triton"
+    assert ("gluon", ("too small",), False) in explain(on_gpu())
+    with use_backend("gluon"):
+        assert selection.choose(on_gpu()).name == "gluon"
+
+
+def test_inputs_may_rule_a_backend_out(stubs):
+    stubs(gluon=Stub("gluon", input_reasons=["misaligned"]), triton=Stub("triton"))
+    assert selection.choose(on_gpu()).name == "gluon"
+    assert selection.choose(on_gpu(), inputs=object()).name == "triton"
+    with use_backend("gluon"), pytest.raises(NoBackend, match="gluon: misaligned"):
+        selection.choose(on_gpu(), inputs=object())
