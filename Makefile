@@ -59,8 +59,8 @@ format: $(READY) ## write what `check` would complain about in formatting and li
 test-gpu: $(READY) ## the same tests on the GPU's own kernels
 	$(PY) -m pytest tests $(PYTEST_ARGS)
 
-bench: $(READY) ## measure: runs benchmarks/$(SUITE).py, by default cpu, with BENCH_ARGS
-	$(PY) benchmarks/$(SUITE).py $(BENCH_ARGS)
+bench: $(READY) ## measure: SUITE=cpu (default), gpu or fused, with BENCH_ARGS; results go into benchmarks/results
+	$(PY) -m benchmarks.$(SUITE) $(BENCH_ARGS)
 
 readme: $(READY) ## regenerate the README's tables from benchmarks/results
 	$(PY) tools/readme_tables.py

@@ -133,7 +133,8 @@ class ForwardPlan:
             compiled = forward_kernels.attention_forward_kernel[grid](
                 *tensors, *tail, num_warps=c.num_warps, num_stages=c.num_stages
             )
-            if triton_replay.IS_PROVEN and isinstance(compiled, CompiledKernel) and triton_replay.are_aligned(tensors):
+            may_record = triton_replay.IS_PROVEN and p.device.type == "cuda" and isinstance(compiled, CompiledKernel)
+            if may_record and triton_replay.are_aligned(tensors):
                 self._replay = Replay(compiled, grid, tail, p.device)
 
         key = ("forward", p.device, p.dtype, p.head_dim, p.head_dim_v, self._features)
