@@ -87,13 +87,20 @@ def test_packed_sequences(path, device, interleaved, has_offsets):
 
 def test_strided_inputs(path, device):
     cos, sin = tables(LENGTH, 8, device)
-    x = normal(BATCH, HEADS, LENGTH, 16, dtype=torch.float32, device=device)
-    transposed = x.transpose(1, 2)
-    expected = apply_rotary(transposed.contiguous(), cos, sin)
-    torch.testing.assert_close(apply_rotary(transposed, cos, sin), expected)
-    with_stride = torch.stack((transposed, transposed), -1)[..., 0]
-    torch.testing.assert_close(apply_rotary(with_stride, cos, sin), expected)
-    torch.testing.assert_close(apply_rotary(transposed, cos.t().contiguous().t(), sin), expected)
+    by_column = cos.t().contiguous().t()
+    views = {
+        "heads first": lambda x: apply_rotary_emb(x.transpose(1, 2), cos, sin),
+        "last stride 2": lambda x: apply_rotary_emb(torch.stack((x, x), -1)[..., 0].transpose(1, 2), cos, sin),
+        "strided table": lambda x: apply_rotary_emb(x.transpose(1, 2), by_column, sin),
+    }
+
+    def formula(x):
+        positions = torch.arange(LENGTH, device=x.device)
+        return formulas.rotary(x.transpose(1, 2), cos.to(x.dtype), sin.to(x.dtype), positions=positions)
+
+    tensors = {"x": normal(BATCH, HEADS, LENGTH, 16, dtype=torch.float32, device=device)}
+    for actual in views.values():
+        assert_follows(actual, formula, tensors)
 
 
 def test_conjugate_turns_back(path, device):
