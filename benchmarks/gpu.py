@@ -135,6 +135,7 @@ def memory(record: Record) -> None:
             torch.autograd.grad(out, leaves, x[3])
             kept += 3 * x[0].numel() * 2
         peak = (torch.cuda.max_memory_allocated() - before - kept) / (65536 * 4)
+        del out  # else the next round counts it as there before and gone at the peak
         record.add("memory", "forward and backward" if with_gradients else "forward", "auto", "scratch", peak, "bytes")
 
 
