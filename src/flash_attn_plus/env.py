@@ -6,6 +6,9 @@ USE_FLAGGEMS = "FLASH_ATTENTION_USE_FLAGGEMS"  # TRUE: FlagGems, then ours; FALS
 BACKEND = "FLASH_ATTENTION_BACKEND"  # one backend by name; a call it cannot serve raises
 FP32_PRECISION = "FLASH_ATTENTION_FP32_PRECISION"  # ieee (default), tf32x3 or tf32: products of float32 inputs
 DEBUG = "FLASH_ATTENTION_DEBUG"  # 1: check values that live on the device (lengths, page ids); costs a sync
+TUNING_TABLE = (
+    "FLASH_ATTENTION_TUNING_TABLE"  # a file of tiles measured by `flash-attn-plus tune`; unset: built-in ones
+)
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
@@ -49,16 +52,21 @@ def fp32_precision() -> str:
     return raw.lower()
 
 
-_NAMES = tuple(n.encode() for n in (USE_FLAGGEMS, BACKEND, FP32_PRECISION, DEBUG))
+def tuning_table() -> str | None:
+    """The file of measured tiles, or None."""
+    return os.environ.get(TUNING_TABLE) or None
+
+
+_NAMES = tuple(n.encode() for n in (USE_FLAGGEMS, BACKEND, FP32_PRECISION, DEBUG, TUNING_TABLE))
 
 
 def snapshot() -> tuple[bytes | str | None, ...]:
     """The raw value of every variable: part of the key of whatever is remembered between calls.
 
-    It reads the mapping under os.environ where there is one: a tenth of the time of four lookups, at every call.
+    It reads the mapping under os.environ where there is one: a tenth of the time of as many lookups, at every call.
     """
     raw = getattr(os.environ, "_data", None)
     if raw is None or os.name == "nt":
         return tuple(os.environ.get(n.decode()) for n in _NAMES)
-    a, b, c, d = _NAMES
-    return (raw.get(a), raw.get(b), raw.get(c), raw.get(d))
+    a, b, c, d, e = _NAMES
+    return (raw.get(a), raw.get(b), raw.get(c), raw.get(d), raw.get(e))

@@ -75,6 +75,7 @@ def forget_fitting() -> None:
 
 def launch_first_fitting(key: tuple, configs: list[TileConfig], run: Callable[[TileConfig], None]) -> None:
     """Run with the first configuration that the device takes, and remember it for the key."""
+    key = (*key, configs[0])  # a measured table may put others first, by length
     known = _fitting.get(key)
     if known is not None:
         run(known)

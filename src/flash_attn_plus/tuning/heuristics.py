@@ -6,8 +6,10 @@ without spilling registers for the target (tests/compile holds them to it).
 
 from functools import lru_cache
 
+from flash_attn_plus import env
 from flash_attn_plus.device import Device
 from flash_attn_plus.problem import AttentionProblem
+from flash_attn_plus.tuning import table as measured
 from flash_attn_plus.tuning.config import TileConfig as C
 
 _INTERPRETER = (C(32, 32, 4, 1),)
@@ -80,10 +82,6 @@ _LIKE = {"cuda70": "cuda86", "cuda86": "cuda80", "cuda89": "cuda86", "cuda100": 
 _LIKE |= {"rdna": "cdna", "other": "cdna"}
 
 
-def _padded(n: int) -> int:
-    return max(16, 1 << (n - 1).bit_length())
-
-
 def _rows(table: dict[str, dict[int, tuple[C, ...]]], family: str, head_dim: int) -> tuple[C, ...]:
     while family not in table:
         family = _LIKE[family]
@@ -92,13 +90,13 @@ def _rows(table: dict[str, dict[int, tuple[C, ...]]], family: str, head_dim: int
 
 def _stream_bytes(p: AttentionProblem, resident: int, streamed: int, c: C) -> int:
     """Shared memory of a kernel that keeps some rows and streams others in stages, each with both head dims."""
-    width = (_padded(p.head_dim) + _padded(p.head_dim_v)) * p.dtype.itemsize
+    width = (measured.padded(p.head_dim) + measured.padded(p.head_dim_v)) * p.dtype.itemsize
     return (resident + c.num_stages * streamed) * width
 
 
 def forward_bytes(p: AttentionProblem, c: C) -> int:
     """Shared memory of the forward kernel: the query tile and the stages of keys and values."""
-    queries = c.block_m * _padded(p.head_dim) * p.dtype.itemsize
+    queries = c.block_m * measured.padded(p.head_dim) * p.dtype.itemsize
     return queries + _stream_bytes(p, 0, c.block_n, c)
 
 
@@ -125,27 +123,41 @@ def _ladder(table, p: AttentionProblem, device: Device, size) -> list[C]:
     return [c for c in first if size(p, c) <= device.shared_memory]
 
 
-@lru_cache(maxsize=4096)
+_TABLES = {"forward": (_FORWARD, forward_bytes), "dkdv": (_DKDV, dkdv_bytes), "dq": (_DQ, dq_bytes)}
+
+
+@lru_cache(maxsize=8192)
+def _known(kernel: str, p: AttentionProblem, device: Device, path: str | None) -> list[C]:
+    rows, size = _TABLES[kernel]
+    configs = _ladder(rows, p, device, size)
+    tuned = measured.lookup(path, kernel, p, device.family) if path else None
+    return configs if tuned is None or size(p, tuned) > device.shared_memory else [tuned, *configs]
+
+
+def _configs(kernel: str, p: AttentionProblem, device: Device) -> list[C]:
+    """What a search asks for, else what the user's table holds and then the built-in tables."""
+    asked = measured.forced(kernel)
+    return _known(kernel, p, device, env.tuning_table()) if asked is None else [asked]
+
+
 def forward(p: AttentionProblem, device: Device) -> list[C]:
     """Configurations of the forward kernel."""
-    return _ladder(_FORWARD, p, device, forward_bytes)
+    return _configs("forward", p, device)
 
 
-@lru_cache(maxsize=4096)
 def dkdv(p: AttentionProblem, device: Device) -> list[C]:
     """Configurations of the dk/dv kernel."""
-    return _ladder(_DKDV, p, device, dkdv_bytes)
+    return _configs("dkdv", p, device)
 
 
-@lru_cache(maxsize=4096)
 def dq(p: AttentionProblem, device: Device) -> list[C]:
     """Configurations of the dq kernel."""
-    return _ladder(_DQ, p, device, dq_bytes)
+    return _configs("dq", p, device)
 
 
 def statistics(p: AttentionProblem) -> C:
     """Configuration of the statistics kernel: memory-bound, one pass over out and dout in 4,096 numbers a tile."""
-    return C(max(16, min(128, 4096 // _padded(p.head_dim_v))), 0, 4, 1)
+    return C(max(16, min(128, 4096 // measured.padded(p.head_dim_v))), 0, 4, 1)
 
 
 def fits(p: AttentionProblem, device: Device) -> bool:
