@@ -9,6 +9,7 @@ DEBUG = "FLASH_ATTENTION_DEBUG"  # 1: check values that live on the device (leng
 TUNING_TABLE = (
     "FLASH_ATTENTION_TUNING_TABLE"  # a file of tiles measured by `flash-attn-plus tune`; unset: built-in ones
 )
+CUDA_LIBRARIES = "FLASH_ATTENTION_CUDA_LIBRARIES"  # files of original CUDA kernels that are not installed; read once
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
@@ -55,6 +56,11 @@ def fp32_precision() -> str:
 def tuning_table() -> str | None:
     """The file of measured tiles, or None."""
     return os.environ.get(TUNING_TABLE) or None
+
+
+def cuda_libraries() -> tuple[str, ...]:
+    """Files of original CUDA kernels, in a list like PATH's; looked at when the kernels are first asked for."""
+    return tuple(filter(None, os.environ.get(CUDA_LIBRARIES, "").split(os.pathsep)))
 
 
 _NAMES = tuple(n.encode() for n in (USE_FLAGGEMS, BACKEND, FP32_PRECISION, DEBUG, TUNING_TABLE))

@@ -216,6 +216,7 @@ def backward_into(
     problem = describe(
         inputs, max_seqlen_q, max_seqlen_k, window_size_left, window_size_right,
         is_backward=True, is_deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
+        has_dlse=dlse is not None,
     )  # fmt: skip
     return run_backward(
         problem,

@@ -38,6 +38,7 @@ class AttentionProblem(NamedTuple):
     has_leftpad_k: bool = False
     is_backward: bool = False
     is_deterministic: bool = False
+    has_dlse: bool = False  # backward: a gradient of the LSE arrives too
 
 
 class AttentionInputs(NamedTuple):
@@ -80,6 +81,7 @@ def describe(
     right: int,
     is_backward: bool = False,
     is_deterministic: bool = False,
+    has_dlse: bool = False,
 ) -> AttentionProblem:
     """The problem of a checked call with concrete sizes."""
     q, k = x.q, x.k
@@ -114,4 +116,5 @@ def describe(
         x.leftpad_k is not None,
         is_backward,
         is_deterministic,
+        has_dlse=has_dlse,
     )
