@@ -45,6 +45,10 @@ class Backend(ABC):
         """Why the backend cannot run in this process at all, with the remedy; None when it can."""
         return None
 
+    def dormant(self) -> str | None:
+        """What to tell, instead of loading the backend, where nobody asks for it; None when asking loads nothing."""
+        return None
+
     def reasons(self, problem: AttentionProblem) -> list[str]:
         """Every reason why this backend does not serve the problem; empty means that it does."""
         missing = self.unavailable()
@@ -52,6 +56,10 @@ class Backend(ABC):
 
     def yields(self, problem: AttentionProblem) -> str | None:
         """Why the next backend should rather serve what this one can; asked when none is asked for by name."""
+        return None
+
+    def leads(self, problem: AttentionProblem, over: str) -> str | None:
+        """Why this backend should go before `over`, which serves the problem too, with the measured number."""
         return None
 
     def input_reasons(self, inputs: AttentionInputs) -> list[str]:
