@@ -37,6 +37,11 @@ def as_length(name: str, value: int | Tensor | None, cu_seqlens: Tensor | None) 
     return int(value) if isinstance(value, Tensor) else value
 
 
+def separate(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under torch.compile views, else the tensors: its tracer refuses an autograd function that takes one twice."""
+    return tuple(x.view_as(x) for x in tensors) if torch.compiler.is_compiling() else tensors
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -96,6 +101,8 @@ def attention(
             raise InvalidArgument("block_table, seqused_k and leftpad_k have no backward; call under torch.no_grad()")
         sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         options = (alibi_slopes, dropout_p, softmax_scale, softcap)
+        if k is q or v is q or v is k:
+            k, v = separate(k, v)
         out, lse = Attention.apply(q, k, v, sequences, options, left, right, deterministic)
     else:
         out, lse = ops.forward(

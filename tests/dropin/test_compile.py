@@ -8,6 +8,7 @@ import torch
 from flash_attn import flash_attn_interface as interface
 from torch.utils.checkpoint import checkpoint
 
+import flash_attn_plus
 from flash_attn_plus.testing import Case, make_inputs
 
 FUNCTIONS = [
@@ -51,6 +52,30 @@ def test_full_graph_with_dropout_and_dump(name, invoke):
     made.function = compiled(lambda *args, **options: function(*args, **options))
     for a, b in zip(made(return_attn_probs=True), expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "name", ["attention", "flash_attn_func", "flash_attn_varlen_func", "flash_attn_varlen_kvpacked_func"]
+)
+def test_a_tensor_passed_twice_in_a_full_graph(name, device):
+    """Self-attention passes the same starts for queries and keys, and may pass the same tensor as keys and values."""
+    x = torch.randn(12, 2, 16, device=device, requires_grad=True)
+    kv = torch.randn(12, 2, 2, 16, device=device, requires_grad=True)
+    starts = torch.tensor([0, 5, 12], dtype=torch.int32, device=device)
+
+    def attend(x, kv, starts):
+        same = x[None]
+        if name == "attention":
+            return flash_attn_plus.attention(same, same, same, causal=True)
+        if name == "flash_attn_func":
+            return flash_attn.flash_attn_func(same, same, same, causal=True)
+        tensors = (x, kv) if "kvpacked" in name else (x, x, x)
+        return getattr(flash_attn, name)(*tensors, starts, starts, 7, 7, causal=True)
+
+    leaves = [x, kv] if "kvpacked" in name else [x]
+    expected = torch.autograd.grad(attend(x, kv, starts).square().sum(), leaves)
+    grads = torch.autograd.grad(compiled(attend)(x, kv, starts).square().sum(), leaves)
+    torch.testing.assert_close(grads, expected)  # the three gradients are summed in another order
 
 
 def test_changing_lengths_do_not_recompile_forever(device):

@@ -33,7 +33,7 @@ from flash_attn._ops import (
     maybe_contiguous,
 )
 from flash_attn._softmax_dump import _get_block_size_n, round_multiple
-from flash_attn_plus.functional import autocast
+from flash_attn_plus.functional import autocast, separate
 
 USE_TRITON_ROCM = False  # callers read it to skip what the original's AMD backend lacks; nothing is lacking here
 
@@ -111,6 +111,8 @@ def flash_attn_func(
     """
     q, k, v = autocast(q, k, v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        if k is q or v is q or v is k:
+            k, v = separate(k, v)
         return FlashAttnFunc.apply(
             q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
             return_attn_probs, True,
@@ -204,6 +206,10 @@ def flash_attn_varlen_func(
     """
     q, k, v = autocast(q, k, v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        if k is q or v is q or v is k:
+            k, v = separate(k, v)
+        if cu_seqlens_k is cu_seqlens_q:
+            (cu_seqlens_k,) = separate(cu_seqlens_k)
         return FlashAttnVarlenFunc.apply(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
             window_size, softcap, alibi_slopes, deterministic, return_attn_probs, block_table, True,
@@ -233,6 +239,8 @@ def flash_attn_varlen_kvpacked_func(
     """`flash_attn_varlen_func` of q (total_q, h, d) and kv (total_k, 2, hk, d)."""
     q, kv = autocast(q, kv)
     if torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad):
+        if cu_seqlens_k is cu_seqlens_q:
+            (cu_seqlens_k,) = separate(cu_seqlens_k)
         return FlashAttnVarlenKVPackedFunc.apply(
             q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
             window_size, softcap, alibi_slopes, deterministic, return_attn_probs, True,
