@@ -1,6 +1,7 @@
 """Which backend serves a problem, and why the others do not."""
 
 import importlib
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,17 +17,14 @@ from flash_attn_plus.problem import AttentionInputs, AttentionProblem
 _REGISTRY = {
     "gluon": ("flash_attn_plus.backends.gluon_hopper", "GluonHopper"),
     "triton": ("flash_attn_plus.backends.triton_portable", "TritonPortable"),
+    "cuda": ("flash_attn_plus.backends.cuda_original", "CudaOriginal"),
+    "flaggems": ("flash_attn_plus.backends.flaggems", "FlagGems"),
     "torch": ("flash_attn_plus.backends.torch_eager", "TorchEager"),
 }
-# Known names without an adapter in this version: `explain` says so instead of staying silent.
-_ABSENT = {
-    "flaggems": "no FlagGems adapter in this version; calls go to our own kernels",
-    "cuda": "no adapter for the original CUDA kernels in this version; calls go to our own kernels",
-}
-NAMES = ("gluon", "triton", "cuda", "flaggems", "torch")
+NAMES = tuple(_REGISTRY)
 
 _ORDERS = {
-    None: ("gluon", "triton", "cuda", "flaggems", "torch"),
+    None: ("gluon", "triton", "cuda", "torch"),
     True: ("flaggems", "gluon", "triton", "torch"),
     False: ("cuda", "gluon", "triton", "torch"),
 }
@@ -58,9 +56,7 @@ class Explanation(tuple[Verdict, ...]):
 
 @cache
 def get(name: str) -> Backend:
-    """The backend of that name; raises NoBackend for a name that has no adapter."""
-    if name in _ABSENT:
-        raise NoBackend(f"backend {name!r}: {_ABSENT[name]}")
+    """The backend of that name; raises NoBackend for an unknown one."""
     if name not in _REGISTRY:
         raise NoBackend(f"backend {name!r} is unknown; choose one of {', '.join(NAMES)}")
     module, cls = _REGISTRY[name]
@@ -68,8 +64,6 @@ def get(name: str) -> Backend:
 
 
 def _reasons(name: str, problem: AttentionProblem, is_forced: bool) -> list[str]:
-    if name in _ABSENT:
-        return [_ABSENT[name]]
     backend = get(name)
     found = backend.reasons(problem)
     rather = None if found or is_forced else backend.yields(problem)
@@ -108,17 +102,29 @@ def _choose(
         if not reasons:
             if prefers_flaggems is not None and refusals and not forced and problem.device.type != "cpu":
                 _say_once(env.USE_FLAGGEMS, prefers_flaggems, refusals, name)
-            return get(name)
+            is_free = prefers_flaggems is None and not forced
+            faster = _faster(problem, name, [n for n in order if n not in refusals]) if is_free else None
+            return get(faster[0] if faster else name)
         refusals[name] = reasons
     told = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refusals.items())
     raise NoBackend(f"no backend serves this call ({told}). The call: {problem}")
 
 
+def _faster(problem: AttentionProblem, name: str, others: list[str]) -> tuple[str, str] | None:
+    """(a backend that serves the problem measurably faster than `name` does, how much)."""
+    for other in others:
+        why = get(other).leads(problem, name) if other != name else None
+        if why:
+            return other, why
+    return None
+
+
 def _say_once(variable: str, value: bool, refusals: dict[str, list[str]], chosen: str) -> None:
     why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refusals.items())
     text = f"{variable}={str(value).upper()}, but the {chosen} backend runs the call ({why})"
-    if text not in _warned:
-        _warned.add(text)
+    kind = re.sub(r"\d+", "0", text)  # one reason, whatever the sizes
+    if kind not in _warned:
+        _warned.add(kind)
         warnings.warn(text, stacklevel=3)
 
 
@@ -151,12 +157,18 @@ def explain_problem(problem: AttentionProblem) -> Explanation:
     """Every backend with its reasons; nothing is run."""
     forced, preference = forced_backend(), env.use_flaggems()
     order = (forced,) if forced else _order(problem, preference)
-    verdicts, chosen = [], None
-    for name in (*order, *(n for n in NAMES if n not in order)):
-        reasons = _reasons(name, problem, bool(forced))
-        if not reasons and name not in order:
-            reasons = [f"{forced} is asked for by name" if forced else "not in the order of preference for this call"]
-        is_chosen = not reasons and chosen is None
-        chosen = name if is_chosen else chosen
-        verdicts.append(Verdict(name, tuple(reasons), is_chosen))
-    return Explanation(verdicts)
+    found = {name: _reasons(name, problem, bool(forced)) for name in order}
+    for name in (n for n in NAMES if n not in order):
+        dormant = get(name).dormant()
+        found[name] = [dormant] if dormant else _reasons(name, problem, bool(forced))
+        if not found[name]:
+            found[name] = [
+                f"{forced} is asked for by name" if forced else "not in the order of preference for this call"
+            ]
+    chosen = next((name for name in order if not found[name]), None)
+    if chosen and preference is None and not forced:
+        faster = _faster(problem, chosen, [n for n in order if not found[n]])
+        if faster:
+            found[chosen] = [faster[1]]
+            chosen = faster[0]
+    return Explanation(Verdict(name, tuple(reasons), name == chosen) for name, reasons in found.items())

@@ -1,5 +1,7 @@
 """Which backend serves a call, what forces one, and what `explain` tells."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -29,7 +31,7 @@ def test_explain_lists_every_backend_with_reasons_and_one_choice():
     text = str(told)
     assert len(text.splitlines()) == len(selection.NAMES)
     assert "chosen" in text
-    assert "no adapter" in text
+    assert "flaggems  FlagGems" in text
 
 
 def test_explain_takes_the_arguments_of_attention():
@@ -60,9 +62,9 @@ def test_forced_backend_that_cannot_serve_raises_its_reason():
 
 
 @pytest.mark.parametrize("name", ["cuda", "flaggems"])
-def test_known_backend_without_adapter_says_so(name):
-    q = torch.randn(1, 4, 1, 8)
-    with use_backend(name), pytest.raises(NoBackend, match=rf"{name}: .*no .*adapter"):
+def test_engine_of_others_refuses_the_cpu_by_name(name):
+    q = torch.randn(1, 4, 1, 8, dtype=torch.float16)
+    with use_backend(name), pytest.raises(NoBackend, match=rf"{name}: device cpu"):
         attention(q, q, q)
 
 
@@ -130,8 +132,8 @@ def test_capability_reasons_name_the_offending_value():
 class Stub:
     """A backend of which only the answers matter."""
 
-    def __init__(self, name, reasons=(), yields=None, input_reasons=()):
-        self.name, self._answers = name, (list(reasons), yields, list(input_reasons))
+    def __init__(self, name, reasons=(), yields=None, input_reasons=(), leads=None, dormant=None):
+        self.name, self._answers = name, (list(reasons), yields, list(input_reasons), leads, dormant)
 
     def reasons(self, problem):
         return self._answers[0]
@@ -141,6 +143,12 @@ class Stub:
 
     def input_reasons(self, inputs):
         return self._answers[2]
+
+    def leads(self, problem, over):
+        return self._answers[3] if over == "triton" else None
+
+    def dormant(self):
+        return self._answers[4]
 
 
 @pytest.fixture
@@ -173,3 +181,44 @@ def test_inputs_may_rule_a_backend_out(stubs):
     assert selection.choose(on_gpu(), inputs=object()).name == "triton"
     with use_backend("gluon"), pytest.raises(NoBackend, match="gluon: misaligned"):
         selection.choose(on_gpu(), inputs=object())
+
+
+def test_a_measurably_faster_backend_goes_first_and_says_by_how_much(stubs, monkeypatch):
+    stubs(triton=Stub("triton"), cuda=Stub("cuda", leads="yields to cuda, 1.50 times as fast"))
+    assert selection.choose(on_gpu()).name == "cuda"
+    told = explain(on_gpu())
+    assert ("triton", ("yields to cuda, 1.50 times as fast",), False) in told
+    assert ("cuda", (), True) in told
+    with use_backend("triton"):
+        assert selection.choose(on_gpu()).name == "triton"
+    monkeypatch.setenv(env.USE_FLAGGEMS, "TRUE")
+    with pytest.warns(UserWarning, match="but the triton backend runs the call"):
+        assert selection.choose(on_gpu()).name == "triton"
+
+
+def test_a_faster_backend_that_cannot_take_the_inputs_stays_behind(stubs):
+    cuda = Stub("cuda", leads="yields to cuda", input_reasons=["misaligned"])
+    stubs(triton=Stub("triton"), cuda=cuda)
+    assert selection.choose(on_gpu(), inputs=object()).name == "triton"
+
+
+def test_a_dormant_backend_is_told_of_without_being_asked(stubs, monkeypatch):
+    sleeper = Stub("flaggems", dormant="asleep")
+    monkeypatch.setattr(sleeper, "reasons", None)
+    stubs(flaggems=sleeper, triton=Stub("triton"))
+    assert ("flaggems", ("asleep",), False) in explain(on_gpu())
+
+
+def test_what_a_wish_could_not_have_is_said_once_for_each_reason(stubs, monkeypatch):
+    monkeypatch.setattr(selection, "_warned", set())
+    monkeypatch.setenv(env.USE_FLAGGEMS, "FALSE")
+    stubs(cuda=Stub("cuda", ["head_dim 300 > 256"]), triton=Stub("triton"))
+    with pytest.warns(UserWarning, match=rf"{env.USE_FLAGGEMS}=FALSE, but the triton backend .*head_dim 300 > 256"):
+        selection.choose(on_gpu())
+    stubs(cuda=Stub("cuda", ["head_dim 301 > 256"]), triton=Stub("triton"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        selection.choose(on_gpu())
+    stubs(cuda=Stub("cuda", ["dropout"]), triton=Stub("triton"))
+    with pytest.warns(UserWarning, match="dropout"):
+        selection.choose(on_gpu())

@@ -1,0 +1,122 @@
+"""FlashAttention-4 (`flash_attn.cute`, the distribution flash-attn-4): kernels that CuTe DSL compiles at first use."""
+
+import importlib
+import inspect
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_attn_plus.backends.base import Backend, Capability
+from flash_attn_plus.backends.foreign import (
+    Probe,
+    compute_capability,
+    fill_delta,
+    on,
+    padded,
+    require_version,
+    store_gradients,
+    store_out,
+    with_positive_scale,
+)
+from flash_attn_plus.problem import AttentionInputs, AttentionProblem
+
+OLDEST, BELOW = (4, 0), (4, 1)
+_SHARED = {
+    "softmax_scale",
+    "causal",
+    "softcap",
+    "window_size_left",
+    "window_size_right",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+}
+_SHARED |= {"max_seqlen_q", "max_seqlen_k", "seqused_k"}
+
+
+def _load() -> Any:
+    require_version("flash-attn-4", metadata.version("flash-attn-4"), OLDEST, BELOW)
+    module = importlib.import_module("flash_attn.cute.interface")
+    needed = {module._flash_attn_fwd: {"return_lse"}, module._flash_attn_bwd: {"dlse", "deterministic"}}
+    for function, own in needed.items():
+        missing = (_SHARED | own) - inspect.signature(function).parameters.keys()
+        if missing:
+            raise RuntimeError(f"{function.__name__} has another interface, without {', '.join(sorted(missing))}")
+    return module
+
+
+PROBE = Probe("FlashAttention-4", _load, "install flash-attn-4 4.0, which lives beside this package")
+
+
+def _options(p: AttentionProblem, x: AttentionInputs, scale: float) -> dict[str, Any]:
+    is_causal = p.left < 0 and p.right == 0
+    return {
+        "softmax_scale": scale,
+        "causal": is_causal,
+        "softcap": x.softcap,
+        "window_size_left": p.left if p.left >= 0 else None,
+        "window_size_right": p.right if p.right >= 0 and not is_causal else None,
+        "cu_seqlens_q": x.cu_seqlens_q,
+        "cu_seqlens_k": x.cu_seqlens_k,
+        "max_seqlen_q": p.seqlen_q if p.is_varlen_q else None,
+        "max_seqlen_k": p.seqlen_k if p.is_varlen_k else None,
+    }
+
+
+class Fa4(Backend):
+    """Forward and backward on Hopper, dense and packed, with windows and softcap."""
+
+    name = "fa4"
+    capability = Capability(
+        dtypes=frozenset({torch.float16, torch.bfloat16}),
+        max_head_dim=256,
+        refused={
+            "has_alibi": "alibi_slopes: FlashAttention-4 has none",
+            "has_dropout": "dropout: FlashAttention-4 has none",
+            "page_size": "paged keys: not checked",
+            "has_leftpad_k": "leftpad_k: FlashAttention-4 has none",
+            "is_deterministic": "deterministic: not checked",
+        },
+    )
+
+    def unavailable(self) -> str | None:
+        """Why the package cannot be used, with the remedy."""
+        return PROBE.failure
+
+    def reasons(self, problem: AttentionProblem) -> list[str]:
+        """Capability and device; the package is loaded only when nothing else speaks against it."""
+        found = self.capability.reasons(problem)
+        if compute_capability(problem.device) != 90:
+            found.append(f"device {problem.device} is not of compute capability 9.0, on which it was checked")
+        if problem.head_dim_v != problem.head_dim:
+            found.append(f"head_dim_v {problem.head_dim_v} is not head_dim {problem.head_dim}")
+        missing = None if found else self.unavailable()
+        return [missing] if missing else found
+
+    def forward(self, problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:
+        """See Backend.forward."""
+        x, dim = inputs, -(-problem.head_dim // 8) * 8
+        q, scale, _ = with_positive_scale(x.q, x.softmax_scale)
+        q, k, v = (padded(t, dim) for t in (q, x.k, x.v))
+        with on(problem.device):
+            found = PROBE.value._flash_attn_fwd(
+                q, k, v, seqused_k=x.seqused_k, return_lse=True, **_options(problem, x, scale)
+            )
+            store_out(out, found[0])
+            lse.copy_(found[1])
+            lse.masked_fill_(lse == float("-inf"), float("inf"))  # rows without keys
+
+    def backward(self, problem, inputs, dout, out, lse, dlse, dq, dk, dv, delta) -> None:
+        """See Backend.backward."""
+        x, dim = inputs, -(-problem.head_dim // 8) * 8
+        q, scale, factor = with_positive_scale(x.q, x.softmax_scale)
+        q, k, v, dout_rows, out_rows = (padded(t, dim) for t in (q, x.k, x.v, dout, out))
+        with on(problem.device):
+            fill_delta(dout, out, delta)
+            if dlse is not None:
+                delta -= dlse
+            grads = PROBE.value._flash_attn_bwd(
+                q, k, v, out_rows, dout_rows, lse, dlse=dlse, **_options(problem, x, scale)
+            )
+            store_gradients((dq, dk, dv), grads[:3], factor)
