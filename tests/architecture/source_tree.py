@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = ROOT / "src" / "flash_attn_plus"
+MODULES = ROOT / "src" / "flash_attention"
 DROPIN = ROOT / "dropin" / "src"
 _GENERATED = {"build", "dist", "demo-results", "__pycache__"}
 

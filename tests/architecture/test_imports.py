@@ -24,7 +24,9 @@ expected = torch.einsum("bhqk,bkhd->bqhd", weights, v)
 torch.testing.assert_close(out, expected)
 torch.testing.assert_close(torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(expected.sum(), (q, k, v)))
 """
+BHSD = "flash_attention.flash_attention(*(x.transpose(1, 2) for x in (q, k, v)), causal=True).transpose(1, 2)"
 CALLS = {
+    "flash_attention": "import flash_attention\n" + CALL.replace("scores", f"out = {BHSD}\nscores", 1),
     "flash_attn_plus": "import flash_attn_plus\n"
     + CALL.replace("scores", "out = flash_attn_plus.attention(q, k, v, causal=True)\nscores", 1),
     "flash_attn": "import flash_attn\n"

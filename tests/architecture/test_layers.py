@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from source_tree import DROPIN, ENGINE, imported_at_load, imported_modules, python_files, shown
+from source_tree import DROPIN, ENGINE, MODULES, imported_at_load, imported_modules, python_files, shown
 
 # Lowest first. A module may import its own layer and lower ones; `selection` names backends as strings only.
 LAYERS = (
@@ -15,7 +15,7 @@ LAYERS = (
     {"selection"},
     {"ops", "fused"},
     {"autograd"},
-    {"functional"},
+    {"block_sparse", "functional"},
     {"__init__"},
     {"reference", "testing"},
 )
@@ -24,6 +24,7 @@ FACE = "__init__"
 KERNEL_LIBRARIES = {"flash_attn_plus.kernels", "triton", "typing", "collections"}
 MAY_IMPORT_TRITON = ("kernels/", "backends/triton_", "backends/gluon_")
 ENGINE_FILES = python_files(ENGINE)
+FUSED_FACE = "flash_attn_plus.fused.rotary"  # what flash_attention may know of the engine beside its names
 
 
 def inside(path: Path) -> str:
@@ -67,6 +68,22 @@ def test_a_module_imports_its_own_layer_and_lower_ones():
 
 def test_the_engine_does_not_know_the_dropin():
     upward = [shown(p) for p in ENGINE_FILES if roots(imported_modules(p)) & {"flash_attn", "flash_attn_2_cuda"}]
+    assert not upward
+
+
+def test_the_modules_know_the_engine_by_its_faces_only():
+    strangers = [
+        f"{shown(path)} imports {module}"
+        for path in python_files(MODULES)
+        for module in imported_modules(path)
+        if module.split(".")[0] in {"flash_attn", "flash_attn_2_cuda"}
+        or (module.split(".")[0] == "flash_attn_plus" and part_named(module) != FACE and FUSED_FACE not in module)
+    ]
+    assert not strangers
+
+
+def test_the_engine_does_not_know_the_modules():
+    upward = [shown(p) for p in ENGINE_FILES if "flash_attention" in roots(imported_modules(p))]
     assert not upward
 
 

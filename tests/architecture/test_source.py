@@ -4,12 +4,12 @@ import ast
 import re
 from pathlib import Path
 
-from source_tree import DROPIN, ENGINE, ROOT, parse, python_files, shown
+from source_tree import DROPIN, ENGINE, MODULES, ROOT, parse, python_files, shown
 
 FILE_LINES = 500
 HOST_LINES = 60
 KERNEL_LINES = 120
-LIBRARY = python_files(ENGINE, DROPIN)
+LIBRARY = python_files(ENGINE, MODULES, DROPIN)
 EVERYTHING = python_files(*(ROOT / name for name in ("src", "dropin", "demo", "benchmarks", "tests", "tools")))
 TEXTS = [p for p in ROOT.iterdir() if p.suffix in {".md", ".toml", ".txt"} or p.name in {"Makefile", "LICENSE"}]
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work|home|root|Users|mnt)/\w")
