@@ -67,4 +67,4 @@ class KeyValueCache:
         self.lengths.add_(taken)
         self.bound += k.shape[1]
         out = attention(q.to(self.k.dtype), self.k, self.v, causal=True, seqused_k=used, **options)
-        return cast("Tensor", out)
+        return cast("Tensor", out).to(q.dtype)

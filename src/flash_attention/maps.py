@@ -30,6 +30,10 @@ def _chosen(name: str, selection: Selection, count: int) -> list[int]:
     return [i % count for i in wanted]
 
 
+def _map_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
 class _Visibility:
     """Which keys each query sees, and how far away they are, where padding does not count."""
 
@@ -102,7 +106,7 @@ def attention_rows(
     group = q.shape[1] // k.shape[1]
     if block_rows is None:
         block_rows = max(1, _BLOCK_NUMBERS // max(1, q.shape[0] * len(wanted_heads) * k.shape[2]))
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = _map_dtype(q)
     with torch.autocast(q.device.type, enabled=False):
         keys = k[:, [head // group for head in wanted_heads]].to(dtype).transpose(-1, -2)
         for start in range(0, len(wanted_rows), block_rows):
@@ -161,7 +165,7 @@ def attention_map(
         ]
     slices = [w for _, w in attention_rows(q, k, key_padding_mask, alibi_slopes=alibi_slopes, **options)]
     if not slices:
-        return q.new_zeros((q.shape[0], len(_chosen("heads", heads, q.shape[1])), 0, k.shape[2]), dtype=torch.float32)
+        return q.new_zeros((q.shape[0], len(_chosen("heads", heads, q.shape[1])), 0, k.shape[2]), dtype=_map_dtype(q))
     return slices[0] if len(slices) == 1 else torch.cat(slices, 2)
 
 

@@ -66,7 +66,10 @@ def _from_nested(name: str, x: Any, dim: int, ndim: int) -> Ragged:
             f"{name} must be a nested tensor of {ndim + 1} dimensions whose dimension {dim + 1} is the length, not of"
             f" shape {tuple(x.shape)}"
         )
-    return Ragged(x.values().transpose(0, dim), x.offsets().to(torch.int32), x._get_max_seqlen())
+    rows, longest = x.values().transpose(0, dim), x._maybe_max_seqlen
+    if longest is None:  # a bound serves as well; eager calls find the length once, and the tensor keeps it
+        longest = rows.shape[0] if torch.compiler.is_compiling() else x._get_max_seqlen()
+    return Ragged(rows, x.offsets().to(torch.int32), longest)
 
 
 def lay_out(name: str, x: Sequences, dim: int, ndim: int) -> Ragged:
@@ -80,7 +83,7 @@ def lay_out(name: str, x: Sequences, dim: int, ndim: int) -> Ragged:
 
 
 def _as_nested(values: Tensor, like: Any, dim: int) -> Tensor:
-    bounds = {"min_seqlen": like._get_min_seqlen(), "max_seqlen": like._get_max_seqlen()}
+    bounds = {"min_seqlen": like._maybe_min_seqlen, "max_seqlen": like._maybe_max_seqlen}
     return nested_tensor_from_jagged(values, like.offsets(), jagged_dim=dim + 1, **bounds)
 
 
