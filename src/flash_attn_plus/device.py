@@ -1,5 +1,7 @@
 """What the machine is: the only code that probes hardware."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -27,9 +29,29 @@ def family_of(backend: str, arch: int | str) -> str:
     return "other"
 
 
+_assumed: dict[torch.device, Device] = {}
+
+
+@contextmanager
+def assumed(device: torch.device, facts: Device) -> Iterator[None]:
+    """Within the block `probe` answers with these facts: to prepare launches for a device that may not be here."""
+    before = _assumed.get(device)
+    _assumed[device] = facts
+    probe.cache_clear()
+    try:
+        yield
+    finally:
+        del _assumed[device]
+        if before is not None:
+            _assumed[device] = before
+        probe.cache_clear()
+
+
 @cache
 def probe(device: torch.device) -> Device:
     """The facts of a torch device."""
+    if device in _assumed:
+        return _assumed[device]
     if device.type == "cpu":
         return Device("interpreter", 1 << 30, 1)
     if device.type == "cuda":

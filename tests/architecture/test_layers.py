@@ -18,6 +18,8 @@ LAYERS = (
     {"block_sparse", "functional"},
     {"__init__"},
     {"reference", "testing"},
+    {"cli"},
+    {"__main__"},
 )
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 FACE = "__init__"

@@ -1,0 +1,1 @@
+"""The command flash-attn-plus; nothing in the engine imports it."""

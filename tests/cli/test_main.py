@@ -1,0 +1,149 @@
+"""The command as a user types it: in a pipe, in a terminal of 80 columns, and with mistakes."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+
+from flash_attn_plus import env, selection
+from flash_attn_plus.cli import info
+from flash_attn_plus.cli.main import COMMANDS, main
+
+COMMAND = [sys.executable, "-m", "flash_attn_plus"]
+
+
+def in_a_terminal(arguments, environment):
+    """What the command prints when stdout and stderr are a terminal of 80 columns."""
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen(
+        [*COMMAND, *arguments], env={**environment, "COLUMNS": "80"}, stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    printed = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # Linux says so that the other end is closed
+            break
+        if not part:
+            break
+        printed += part
+    os.close(ours)
+    assert child.wait() == 0
+    return printed.decode().replace("\r\n", "\n")
+
+
+def test_explaining_says_the_same_in_a_terminal_and_in_a_pipe(plain_environment):
+    arguments = ["info", "--explain", "s=64 h=4 d=500 device=cpu causal grad"]
+    piped = subprocess.run([*COMMAND, *arguments], env=plain_environment, capture_output=True, text=True, check=True)
+    assert piped.stderr == ""
+    assert "\x1b" not in piped.stdout
+    assert "Triton reaches CPU tensors only with TRITON_INTERPRET=1" in piped.stdout
+    shown = in_a_terminal(arguments, plain_environment)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert shown.split() == piped.stdout.split()
+
+
+def test_the_engine_does_not_import_its_command_line(plain_environment):
+    code = "import sys, flash_attn_plus; print([m for m in sys.modules if m.startswith('flash_attn_plus.cli')])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=plain_environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["explode"], "invalid choice: 'explode'"),
+        (["info", "--explain", "hk=3"], "must divide number of heads"),
+        (["verify", "--backend", "tritn"], "--backend tritn is unknown; choose one of gluon, triton"),
+        (["verify", "--seconds", "0"], "--seconds must be positive"),
+        (["verify", "--device", "toaster"], "--device=toaster names no device"),
+        (["bench", "flight"], "flight is no suite; choose among prefill"),
+        (["bench", "--lengths", "many"], "--lengths needs a positive integer"),
+        (["bench", "--heads", "8", "--heads-k", "3"], "--heads 8 is no multiple of --heads-k 3"),
+        (["bench", "--providers", "SDPA,tortoise"], "--providers does not know 'tortoise'; choose among ours: gluon"),
+        (["bench", "--against", "absent.csv"], "--against absent.csv cannot be read"),
+        (["bench", "--plot", "picture.doc"], "should end in .png"),
+        (["warmup", "h=8", "causl"], "'causl' is not understood; did you mean causal"),
+        (["warmup", "page=16"], "add decode"),
+        (["warmup", "d=64", "--jobs", "0"], "--jobs must be positive"),
+    ],
+)
+def test_a_mistake_gets_a_sentence_and_exit_code_2(arguments, why, capsys):
+    try:
+        code = main(arguments)
+    except SystemExit as stop:  # argparse's own way out
+        code = stop.code
+    told = capsys.readouterr()
+    assert code == 2
+    assert why in told.err
+    assert told.out == ""
+
+
+def test_a_variable_without_a_meaning_gets_a_sentence(monkeypatch, capsys):
+    monkeypatch.setenv(env.DEBUG, "perhaps")
+    assert main(["info"]) == 2
+    assert f"{env.DEBUG}='perhaps' is neither TRUE nor FALSE" in capsys.readouterr().err
+    monkeypatch.delenv(env.DEBUG)
+    monkeypatch.setenv(env.BACKEND, "tritn")
+    assert main(["info"]) == 2
+    assert "'tritn' is unknown" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
+    def interrupt(_arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "run", interrupt)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "flash-attn-plus info: interrupted\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_its_words(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--json" in text
+    assert COMMANDS[command].__doc__.split("\n")[0] in text
+
+
+def test_info_tells_what_is_here(capsys, monkeypatch):
+    monkeypatch.delenv(env.TUNING_TABLE, raising=False)
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"]
+    assert found["versions"]["flash_attn"].startswith(("our drop-in", "not installed", "the original"))
+    on_cpu = {row["backend"]: row for row in found["backends"] if row["device"] == "cpu"}
+    assert set(on_cpu) == set(selection.NAMES)
+    assert on_cpu["torch"]["forward"] == on_cpu["torch"]["backward"] == "chosen"
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"cpu +torch +both +chosen", text)
+    assert "Tuning table: none" in text
+
+
+def test_info_tells_of_a_tuning_table(capsys, monkeypatch, tmp_path):
+    path = tmp_path / "tiles.json"
+    path.write_text("{}")
+    monkeypatch.setenv(env.TUNING_TABLE, str(path))
+    assert main(["info"]) == 0
+    assert "does not say 'flash-attn-plus tiles, version 1' as its format" in capsys.readouterr().out
+
+
+def test_explain_answers_no_with_exit_code_1(capsys):
+    with selection.use_backend("gluon"):
+        assert main(["info", "--explain", "s=64 device=cpu"]) == 1
+        assert "no backend serves this call" in capsys.readouterr().err
+        assert main(["info", "--json", "--explain", "s=64 device=cpu grad"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["served"] is False
+    assert {v["name"] for v in found["backward"]} == set(selection.NAMES)
