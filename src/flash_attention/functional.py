@@ -1,5 +1,6 @@
 """Attention as a function of (batch, heads, seqlen, head_dim) tensors, or of sequences of different lengths."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import Tensor
@@ -9,9 +10,16 @@ from flash_attention.ragged import Ragged, Sequences, hand_back, is_ragged, lay_
 from flash_attn_plus import InvalidArgument, attention
 
 
-def is_positional(seqlen_q: int, causal: bool, window_size: tuple[int, int], alibi_slopes: Tensor | None) -> bool:
+def window_bounds(window_size: Sequence[int]) -> tuple[int, int]:
+    """(left, right) as integers; raises InvalidArgument unless there are two."""
+    if len(window_size) != 2:
+        raise InvalidArgument(f"window_size must be a pair (left, right), not {window_size!r}")
+    return int(window_size[0]), int(window_size[1])
+
+
+def is_positional(seqlen_q: int, causal: bool, window: tuple[int, int], alibi_slopes: Tensor | None) -> bool:
     """Whether weights depend on positions; a causal mask of one query, the last, hides nothing."""
-    return (causal and seqlen_q != 1) or tuple(window_size) != (-1, -1) or alibi_slopes is not None
+    return (causal and seqlen_q != 1) or max(window) >= 0 or alibi_slopes is not None
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -111,7 +119,8 @@ def flash_attention(
         InvalidArgument: a shape, dtype, device or option breaks the contract; the message names it.
     """
     options = {
-        "causal": causal, "softmax_scale": softmax_scale, "dropout_p": dropout_p, "window_size": window_size,
+        "causal": causal, "softmax_scale": softmax_scale, "dropout_p": dropout_p,
+        "window_size": window_bounds(window_size),
         "softcap": softcap, "alibi_slopes": alibi_slopes, "deterministic": deterministic,
     }  # fmt: skip
     if is_ragged(q):

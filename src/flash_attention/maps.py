@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flash_attention.functional import check_tensors, is_positional
+from flash_attention.functional import check_tensors, is_positional, window_bounds
 from flash_attention.modules import FlashAttention
 from flash_attention.padding import aligned_queries, check_mask
 from flash_attention.ragged import Sequences, is_ragged, sequences_of
@@ -40,7 +40,7 @@ class _Visibility:
     def __init__(self, q: Tensor, k: Tensor, keep: Tensor | None, options: dict[str, Any]) -> None:
         seqlen_q, seqlen_k, device = q.shape[2], k.shape[2], q.device
         self.slopes = options["alibi_slopes"]
-        self.left, right = options["window_size"]
+        self.left, right = window_bounds(options["window_size"])
         self.right = 0 if options["causal"] else right
         self.keep = keep
         query_keep = None

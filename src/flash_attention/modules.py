@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flash_attention.functional import flash_attention
+from flash_attention.functional import flash_attention, window_bounds
 from flash_attention.ragged import Sequences
 from flash_attn_plus import InvalidArgument
 
@@ -32,15 +32,13 @@ class FlashAttention(nn.Module):
         super().__init__()
         if not 0.0 <= dropout < 1.0:
             raise InvalidArgument(f"dropout must be in [0, 1), not {dropout}; pass a probability below 1")
-        if len(window_size) != 2:
-            raise InvalidArgument(f"window_size must be a pair (left, right), not {window_size!r}")
         self.causal = causal
         self.softmax_scale = softmax_scale
         self.dropout = dropout
-        self.window_size = (int(window_size[0]), int(window_size[1]))
+        self.window_size = window_bounds(window_size)
         self.softcap = softcap
         self.deterministic = deterministic
-        slopes = None if alibi_slopes is None else alibi_slopes.detach().to(torch.float32)
+        slopes = None if alibi_slopes is None else torch.as_tensor(alibi_slopes, dtype=torch.float32).detach()
         self.register_buffer("alibi_slopes", slopes, persistent=False)
 
     def _apply(self, fn, recurse=True):

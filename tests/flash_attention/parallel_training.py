@@ -6,6 +6,7 @@ import traceback
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -58,10 +59,12 @@ def _check_data_parallel() -> None:
 
 
 def _check_fully_sharded() -> None:
+    mesh = init_device_mesh("cpu", (WORLD,))
+
     def shard(model: Model) -> nn.Module:
         for layer in (model.first, model.second):
-            fully_shard(layer)
-        return fully_shard(model)
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
 
     compare(shard)
 

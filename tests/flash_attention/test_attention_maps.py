@@ -18,6 +18,7 @@ from flash_attention import (
     plot_attention_map,
 )
 from flash_attn_plus import InvalidArgument
+from flash_attn_plus.testing import assert_close
 
 KEEP = torch.tensor([[True] * 6 + [False] * 3, [False] * 2 + [True] * 7, [True, False, False] * 3])
 
@@ -71,7 +72,8 @@ def test_dtype(dtype, device):
     x = make(9, 9, dtype, device)
     found = attention_map(x.q, x.k)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), attention_map(x.q.double(), x.k.double()), rtol=1e-5, atol=1e-6)
+    scores = x.q.float() @ x.k.float().repeat_interleave(2, 1).transpose(-1, -2) * 24**-0.5
+    assert_close("map", found, attention_map(x.q.double(), x.k.double()), scores.softmax(-1))
     nothing = attention_map(x.q, x.k, rows=[])
     assert nothing.shape == (3, 4, 0, 9)
     assert nothing.dtype == torch.float32
@@ -164,6 +166,7 @@ Q = torch.zeros(2, 4, 9, 8)
     ("call", "words"),
     [
         (lambda: attention_map(Q[0], Q), "q must have shape"),
+        (lambda: attention_map(Q, Q, window_size=(1,)), "window_size must be a pair"),
         (lambda: attention_map(Q, Q, rows=9), "rows must select from the 9"),
         (lambda: attention_map(Q, Q, heads=[-5]), "heads must select from the 4"),
         (lambda: attention_map(Q, Q, torch.ones(2, 9)), "key_padding_mask must be bool"),

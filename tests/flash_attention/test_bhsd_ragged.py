@@ -98,7 +98,7 @@ def test_refusals_name_the_argument(device):
     with pytest.raises(InvalidArgument, match="whose dimension 2 is the length"):
         flash_attention(rows, rows, rows)
     narrowed = torch.nested.narrow(
-        torch.randn(2, 9, 2, 8, device=device), 1, torch.tensor([0, 1]), torch.tensor([3, 5]), layout=torch.jagged
+        torch.randn(2, 9, 2, 8, device=device), 1, *torch.tensor([[0, 1], [3, 5]], device=device), layout=torch.jagged
     ).transpose(1, 2)
     with pytest.raises(InvalidArgument, match="without gaps"):
         flash_attention(narrowed, narrowed, narrowed)
