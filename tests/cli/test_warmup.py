@@ -1,0 +1,143 @@
+"""`warmup` compiles what a call will look up, and nothing twice."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from flash_attn_plus import InvalidArgument
+from flash_attn_plus.backends.triton_portable import is_interpreted
+from flash_attn_plus.cli import ahead, warmup, words
+from flash_attn_plus.cli.main import main
+from flash_attn_plus.testing import Case
+from flash_attn_plus.tuning.config import TileConfig
+
+pytestmark = pytest.mark.skipif(is_interpreted(), reason="kernels are interpreted")
+HOPPER = "cuda:90"
+CASE = Case(batch=2, seqlen_q=64, seqlen_k=64, heads=4, heads_k=4, head_dim=32)
+
+
+def plan(target, text):
+    where = ahead.known_target(target)
+    return ahead.plan(where, warmup.samples(where, words.read(text, words.MODEL_WORDS)))
+
+
+def kernels(jobs):
+    return {job.kernel for job in jobs}
+
+
+def test_the_words_of_a_model_come_to_its_kernels():
+    assert kernels(plan("cuda:80", "d=64 s=512")) == {"attention_forward_kernel"}
+    backward = {"attention_statistics_kernel", "attention_backward_dkdv_kernel", "attention_backward_dq_kernel"}
+    assert kernels(plan("cuda:80", "d=64 s=512 train")) == {"attention_forward_kernel"} | backward
+    assert len(plan("cuda:80", "d=64 s=512 decode varlen")) == 3
+    assert len(plan("cuda:80", "d=64 s=512 decode page=16")) == 2
+
+
+def test_hopper_gets_the_kernels_of_both_backends():
+    jobs = plan(HOPPER, "h=32 hk=8 d=128 causal s=1..4096 train")
+    assert {"attention_prepare_kernel", "attention_round_dq_kernel"} <= kernels(jobs)  # gluon's
+    assert "attention_backward_dq_kernel" in kernels(jobs)  # the portable ones, for short sequences
+    assert "attention_prepare_kernel" not in kernels(plan("cuda:80", "h=32 hk=8 d=128 causal s=1..4096 train"))
+
+
+def test_longer_ranges_need_few_more_kernels():
+    assert len(plan("cuda:80", "d=64 causal s=1..16384 h=8")) <= 8
+
+
+def test_lengths_stand_for_every_way_of_specialising():
+    found = warmup.lengths(3, 100)
+    assert found[0] == 3
+    assert found[-1] == 100
+    assert {n % 16 for n in found} >= {0, 1, 2, 4, 8}
+    assert {32, 64} <= set(found)
+    assert warmup.lengths(7, 7) == [7]
+
+
+def test_what_was_compiled_is_found_by_the_next_process(compiling_environment):
+    command = [sys.executable, "-m", "flash_attn_plus", "warmup", "d=16 h=2 s=64", "--target", "cuda:80", "--json"]
+
+    def run(*more):
+        done = subprocess.run([*command, *more], env=compiling_environment, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+
+    first, second = run("--jobs", "1"), run("--jobs", "1")
+    assert (first["compiled"], first["were there"], first["failed"]) == (first["kernels"], 0, [])
+    assert (second["compiled"], second["were there"]) == (0, first["kernels"])
+    files = [name for _, _, names in os.walk(compiling_environment["TRITON_CACHE_DIR"]) for name in names]
+    assert sum(name.endswith(".cubin") for name in files) == first["kernels"]
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def test_processes_compile_side_by_side(cache):
+    target = ahead.known_target("hip:gfx942")
+    jobs = ahead.plan(target, [ahead.Sample("triton", CASE._replace(right=r), torch.float16) for r in (-1, 0)])
+    told = []
+    done = ahead.compile_all(jobs, 2, told.append)
+    assert len(done) == len(told) == 2
+    assert [d.error for d in done] == [None, None]
+    assert [d.was_cached for d in done] == [False, False]
+    assert all(d.was_cached for d in ahead.compile_all(jobs, 1, told.append))
+
+
+def test_tiles_that_do_not_fit_are_followed_by_the_next_choice(cache, monkeypatch, tmp_path):
+    target = ahead.known_target("cuda:80")
+    small = target._replace(facts=target.facts._replace(shared_memory=1024))
+    choices = [TileConfig(64, 64, 4, 2)]
+    monkeypatch.setattr("flash_attn_plus.tuning.heuristics.forward", lambda *_: choices)
+    (job,) = ahead.plan(small, [ahead.Sample("triton", CASE._replace(head_dim=16), torch.float16)])
+    assert ahead.compile_job(job).error.startswith("OutOfResources: out of resource: shared memory")
+    assert len(list(tmp_path.rglob("*.cubin"))) == 1
+    choices.append(TileConfig(16, 16, 1, 1))
+    assert ahead.compile_job(job).error is None
+    assert len(list(tmp_path.rglob("*.cubin"))) == 2
+
+
+def test_nothing_stays_changed(cache):
+    from triton import knobs
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    def state():
+        return JITFunction.run, knobs.runtime.jit_cache_hook, driver._active, torch.cuda.is_available
+
+    before = state()
+    plan(HOPPER, "d=64 s=2048")
+    with pytest.raises(InvalidArgument):
+        plan(HOPPER, "dtype=fp64 s=64")
+    assert state() == before
+
+
+def test_a_list_of_the_kernels_without_compiling(capsys, cache, tmp_path):
+    assert main(["warmup", "d=64", "s=512", "--target", "cuda:80", "--dry-run"]) == 0
+    assert "attention_forward_kernel  dense  sq=512 sk=512" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("*.cubin"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--target", "cuda:91"], "--target cuda:91 is unknown; choose one of cuda:80"),
+        (["--target", "cuda:80", "--device", "cpu"], "give one of them"),
+        (["--device", "cpu"], "there is nothing to compile here"),
+        (["dtype=fp64", "--target", "cuda:80"], "none of our kernels serves this on cuda:80"),
+    ],
+)
+def test_mistakes_get_a_sentence(arguments, why, capsys):
+    assert main(["warmup", "s=64", *arguments]) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_under_the_interpreter_there_is_nothing_to_compile(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert main(["warmup", "s=64", "--target", "cuda:80"]) == 2
+    assert "interpreted, not compiled; unset it" in capsys.readouterr().err
