@@ -21,11 +21,19 @@ CPU_TESTS := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TRITON_INTERPRET
 # These run kernels, so on a CPU they need the interpreter; the others need it off, some of them to compile kernels.
 INTERPRETED := $(wildcard tests/numerics tests/fused)
 
+# Other projects' programs live in an environment of their own, two more versions of transformers in folders of it.
+ECOSYSTEM := .venv-ecosystem
+ECOSYSTEM_PY := $(CURDIR)/$(ECOSYSTEM)/bin/python
+ECOSYSTEM_TEST := FLASH_ATTENTION_PLUS_ECOSYSTEM=1 HF_HUB_OFFLINE=1 $(CPU_TESTS)=0
+ECOSYSTEM_ARGS := -n 2 --dist loadfile $(PYTEST_ARGS)
+ECOSYSTEM_REQUIREMENTS := requirements-ecosystem.txt $(wildcard tests/ecosystem/*.txt)
+HF_TESTS := $(wildcard tests/ecosystem/test_transformers*.py) tests/models/test_against_transformers.py
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format test-gpu bench readme clean
+.PHONY: help setup demo test check format test-gpu test-ecosystem bench readme clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 setup: $(READY) ## create .venv with the pinned tools and both distributions (the other targets do it when needed)
 
@@ -59,11 +67,36 @@ format: $(READY) ## write what `check` would complain about in formatting and li
 test-gpu: $(READY) ## the same tests on the GPU's own kernels
 	$(PY) -m pytest tests $(PYTEST_ARGS)
 
+$(ECOSYSTEM)/.ready: requirements-dev.txt requirements-triton.txt $(ECOSYSTEM_REQUIREMENTS) dropin/pyproject.toml
+	@echo "setting up $(ECOSYSTEM); other projects' packages are many, so this takes some minutes"
+	test -x $(ECOSYSTEM_PY) || $(PYTHON) -m venv $(ECOSYSTEM)
+	$(ECOSYSTEM_PY) -m pip install --quiet -r requirements-dev.txt -r requirements-ecosystem.txt
+	$(ECOSYSTEM_PY) -c "import triton" 2>/dev/null || $(ECOSYSTEM_PY) -m pip install --quiet -r requirements-triton.txt
+	$(ECOSYSTEM_PY) -m pip install --quiet -e . -e ./dropin
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
+		$(ECOSYSTEM_PY) -m pip install --quiet --no-deps --no-build-isolation -r tests/ecosystem/programs.txt
+	for name in transformers-4 transformers-kernels; do \
+		$(ECOSYSTEM_PY) -m pip install --quiet --no-deps --upgrade --target $(ECOSYSTEM)/$$name \
+			-r tests/ecosystem/$$name.txt || exit 1; \
+	done
+	touch $@
+
+test-ecosystem: $(ECOSYSTEM)/.ready ## real programs that import flash_attn, on the CPU, in .venv-ecosystem
+	@status=0; \
+	PYTHONPATH= $(ECOSYSTEM_TEST) $(ECOSYSTEM_PY) -m pytest tests/ecosystem tests/models/test_against_transformers.py \
+		tests/dropin/test_packaging.py --ignore=tests/ecosystem/test_ring_flash_attn.py \
+		--ignore=tests/ecosystem/test_local_kernels.py $(ECOSYSTEM_ARGS) || status=1; \
+	PYTHONPATH=$(CURDIR)/$(ECOSYSTEM)/transformers-4 $(ECOSYSTEM_TEST) $(ECOSYSTEM_PY) -m pytest $(HF_TESTS) \
+		tests/ecosystem/test_ring_flash_attn.py $(ECOSYSTEM_ARGS) || status=1; \
+	PYTHONPATH=$(CURDIR)/$(ECOSYSTEM)/transformers-kernels $(ECOSYSTEM_TEST) $(ECOSYSTEM_PY) -m pytest \
+		tests/ecosystem/test_local_kernels.py $(PYTEST_ARGS) || status=1; \
+	exit $$status
+
 bench: $(READY) ## measure: SUITE=cpu (default), gpu or fused, with BENCH_ARGS; results go into benchmarks/results
 	$(PY) -m benchmarks.$(SUITE) $(BENCH_ARGS)
 
 readme: $(READY) ## regenerate the README's tables from benchmarks/results
 	$(PY) tools/readme_tables.py
 
-clean: ## remove .venv and everything generated
-	rm -rf $(VENV) build dist demo-results .pytest_cache .ruff_cache .mypy_cache src/*.egg-info dropin/src/*.egg-info
+clean: ## remove .venv, .venv-ecosystem and everything generated
+	rm -rf $(VENV) $(ECOSYSTEM) build dist demo-results .pytest_cache .ruff_cache .mypy_cache src/*.egg-info dropin/src/*.egg-info
