@@ -65,8 +65,8 @@ def _ragged(q: Ragged, k: Ragged, v: Ragged, options: dict[str, Any]) -> tuple[T
             f"q, k and v must hold equally many sequences, not {len(q.cu_seqlens) - 1}, {len(k.cu_seqlens) - 1} and"
             f" {len(v.cu_seqlens) - 1}"
         )
-    if v.rows.shape[0] != k.rows.shape[0] or v.longest != k.longest:
-        raise InvalidArgument("v must hold sequences of the same lengths as k")
+    if v.lengths != k.lengths:
+        raise InvalidArgument("v must hold sequences of the same lengths as k; give nested tensors the same offsets")
     return _attend(
         q.rows, k.rows, v.rows, cu_seqlens_q=q.cu_seqlens, cu_seqlens_k=k.cu_seqlens, max_seqlen_q=q.longest,
         max_seqlen_k=k.longest, **options,

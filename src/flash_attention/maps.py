@@ -157,7 +157,12 @@ def attention_map(
         "softcap": softcap,
     }  # fmt: skip
     if is_ragged(q):
-        pairs = list(zip(sequences_of(q, 1), sequences_of(k, 1), strict=True))
+        if key_padding_mask is not None:
+            raise InvalidArgument("key_padding_mask is for dense tensors; lists and nested tensors hold no padding")
+        queries, keys = sequences_of(q, 1), sequences_of(k, 1) if is_ragged(k) else []
+        if len(keys) != len(queries):
+            raise InvalidArgument(f"k must hold {len(queries)} sequences like q, as a list or a nested tensor")
+        pairs = list(zip(queries, keys, strict=True))
         slopes = [alibi_slopes] * len(pairs) if alibi_slopes is None or alibi_slopes.ndim == 1 else alibi_slopes
         return [
             attention_map(q_n[None], k_n[None], alibi_slopes=s, **options)[0]

@@ -11,11 +11,15 @@ from flash_attn_plus import InvalidArgument
 
 
 class Ragged(NamedTuple):
-    """Sequences one behind the other: rows (total, ...), int32 `cu_seqlens` (b + 1,), and the longest's length."""
+    """Sequences one behind the other: rows (total, ...), int32 `cu_seqlens` (b + 1,), and the longest's length.
+
+    `lengths` tells on the host whether two hold the same lengths: a list's own, or a nested tensor's symbol for them.
+    """
 
     rows: Tensor
     cu_seqlens: Tensor
     longest: int
+    lengths: Any
 
     def positions(self) -> Tensor:
         """int64 (total,): the position of each row within its sequence."""
@@ -53,7 +57,7 @@ def _from_list(name: str, items: list[Tensor] | tuple[Tensor, ...], dim: int, nd
     lengths = [x.shape[dim] for x in items]
     starts = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
     rows = torch.cat([x.transpose(0, dim) for x in items])
-    return Ragged(rows, starts.to(first.device, non_blocking=True), max(lengths))
+    return Ragged(rows, starts.to(first.device, non_blocking=True), max(lengths), lengths)
 
 
 def _from_nested(name: str, x: Any, dim: int, ndim: int) -> Ragged:
@@ -69,7 +73,7 @@ def _from_nested(name: str, x: Any, dim: int, ndim: int) -> Ragged:
     rows, longest = x.values().transpose(0, dim), x._maybe_max_seqlen
     if longest is None:  # a bound serves as well; eager calls find the length once, and the tensor keeps it
         longest = rows.shape[0] if torch.compiler.is_compiling() else x._get_max_seqlen()
-    return Ragged(rows, x.offsets().to(torch.int32), longest)
+    return Ragged(rows, x.offsets().to(torch.int32), longest, x.shape[dim + 1])
 
 
 def lay_out(name: str, x: Sequences, dim: int, ndim: int) -> Ragged:

@@ -167,6 +167,9 @@ Q = torch.zeros(2, 4, 9, 8)
     [
         (lambda: attention_map(Q[0], Q), "q must have shape"),
         (lambda: attention_map(Q, Q, window_size=(1,)), "window_size must be a pair"),
+        (lambda: attention_map(list(Q), list(Q), torch.ones(2, 9, dtype=torch.bool)), "hold no padding"),
+        (lambda: attention_map(list(Q), Q), "k must hold 2 sequences like q"),
+        (lambda: attention_map(list(Q), [Q[0]]), "k must hold 2 sequences like q"),
         (lambda: attention_map(Q, Q, rows=9), "rows must select from the 9"),
         (lambda: attention_map(Q, Q, heads=[-5]), "heads must select from the 4"),
         (lambda: attention_map(Q, Q, torch.ones(2, 9)), "key_padding_mask must be bool"),

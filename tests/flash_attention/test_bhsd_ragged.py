@@ -43,17 +43,22 @@ def test_lists(options, device):
     assert_right((torch.cat(out, 1), torch.cat(lse, 1)), x, oracle(x, options))
 
 
-def jagged(x: torch.Tensor, lengths) -> torch.Tensor:
+def offsets_of(lengths, device: str) -> torch.Tensor:
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0)], device=device)
+
+
+def jagged(x: torch.Tensor, lengths, offsets: torch.Tensor) -> torch.Tensor:
     """(b, h, *, d), the transpose of a nested (b, *, h, d) whose rows are those of x."""
     rows = torch.cat([item.transpose(0, 1) for item in parts(x, lengths)])
-    offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], device=x.device)
     return nested_tensor_from_jagged(rows, offsets).transpose(1, 2)
 
 
 @pytest.mark.parametrize("options", ["full", "causal"])
 def test_nested(options, device):
     x, options = sample(torch.float32, device), OPTIONS[options]
-    q, k, v = jagged(x.q, LENGTHS_Q), jagged(x.k, LENGTHS_K), jagged(x.v, LENGTHS_K)
+    offsets = offsets_of(LENGTHS_K, device)
+    q = jagged(x.q, LENGTHS_Q, offsets_of(LENGTHS_Q, device))
+    k, v = (jagged(t, LENGTHS_K, offsets) for t in (x.k, x.v))
     out, lse = FlashAttention(**options)(q, k, v, return_lse=True)
     assert out.is_nested
     assert out.shape[2] == q.shape[2]  # the same jagged dimension, so that results and inputs can be added
@@ -102,3 +107,11 @@ def test_refusals_name_the_argument(device):
     ).transpose(1, 2)
     with pytest.raises(InvalidArgument, match="without gaps"):
         flash_attention(narrowed, narrowed, narrowed)
+    q, other = (
+        rows.transpose(1, 2),
+        nested_tensor([t.transpose(0, 1).contiguous() for t in x[::-1]], layout=torch.jagged),
+    )
+    with pytest.raises(InvalidArgument, match="same lengths as k"):  # and the same number of tokens
+        flash_attention(q, q, other.transpose(1, 2))
+    with pytest.raises(InvalidArgument, match="same lengths as k"):
+        flash_attention(x, x, x[::-1])
