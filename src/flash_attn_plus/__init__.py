@@ -1,9 +1,19 @@
 """FlashAttention-Plus: exact, memory-linear attention in Python, on any device."""
 
+from flash_attn_plus.block_sparse import block_mask_of_lists, block_sparse_attention
 from flash_attn_plus.errors import InvalidArgument, NoBackend
 from flash_attn_plus.functional import attention, explain
 from flash_attn_plus.problem import AttentionProblem
 from flash_attn_plus.selection import use_backend
 
 __version__ = "0.1.0"
-__all__ = ["AttentionProblem", "InvalidArgument", "NoBackend", "attention", "explain", "use_backend"]
+__all__ = [
+    "AttentionProblem",
+    "InvalidArgument",
+    "NoBackend",
+    "attention",
+    "block_mask_of_lists",
+    "block_sparse_attention",
+    "explain",
+    "use_backend",
+]

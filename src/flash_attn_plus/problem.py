@@ -39,6 +39,7 @@ class AttentionProblem(NamedTuple):
     is_backward: bool = False
     is_deterministic: bool = False
     has_dlse: bool = False  # backward: a gradient of the LSE arrives too
+    has_block_mask: bool = False
 
 
 class AttentionInputs(NamedTuple):
@@ -47,6 +48,7 @@ class AttentionInputs(NamedTuple):
     q is (b, sq, h, d) or packed (total_q, h, d); k is (b, sk, hk, d), packed (total_k, hk, d) or paged
     (pages, page_size, hk, d); v is like k with its own head dim. The last stride of each is 1.
     Lengths and tables are int32; `rng_state` is int64 (2,), seed and offset, present with dropout only.
+    `block_mask` is bool (1 or b, 1 or h, query blocks, key blocks); a false block of `block_size` scores is hidden.
     """
 
     q: Tensor
@@ -62,6 +64,8 @@ class AttentionInputs(NamedTuple):
     block_table: Tensor | None = None
     alibi_slopes: Tensor | None = None
     rng_state: Tensor | None = None
+    block_mask: Tensor | None = None
+    block_size: tuple[int, int] = (0, 0)  # queries and keys of a block of block_mask
 
 
 def normalize_band(left: int, right: int, seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
@@ -117,4 +121,5 @@ def describe(
         is_backward,
         is_deterministic,
         has_dlse=has_dlse,
+        has_block_mask=x.block_mask is not None,
     )

@@ -40,6 +40,20 @@ def visible(len_q: int, len_k: int, left: int, right: int, device: torch.device)
     return inside
 
 
+def _kept(n: int, heads: int, len_q: int, len_k: int, rng_state: Tensor | None, dropout_p: float) -> Tensor | None:
+    """Bool (heads, len_q, len_k) of sequence n, or None without dropout."""
+    if dropout_p == 0.0:
+        return None
+    indices = n * heads + torch.arange(heads, device=rng_state.device)
+    return keep_mask(rng_state, indices, range(len_q), range(len_k), dropout_p)
+
+
+def shown_by_blocks(block_mask: Tensor, block_size: tuple[int, int], len_q: int, len_k: int) -> Tensor:
+    """Bool (..., len_q, len_k) from bool (..., query blocks, key blocks): every score of a block is alike."""
+    rows = block_mask.repeat_interleave(block_size[0], -2)[..., :len_q, :]
+    return rows.repeat_interleave(block_size[1], -1)[..., :len_k]
+
+
 class TwoPass(torch.autograd.Function):
     """softmax(scores) @ v whose gradient is the formula of every FlashAttention, from the stored out and LSE.
 
@@ -80,12 +94,13 @@ def sequence_reference(
     softcap: float,
     slopes: Tensor | None,
     keep: Tensor | None,
+    shown: Tensor | None,
     dropout_p: float,
     is_two_pass: bool,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one sequence in the dtype of its inputs.
 
-    q is (h, sq, d), k (h, sk, d), v (h, sk, dv), slopes (h,), keep bool (h, sq, sk);
+    q is (h, sq, d), k (h, sk, d), v (h, sk, dv), slopes (h,), keep and shown bool (h, sq, sk);
     returns out (h, sq, dv) and lse (h, sq).
     """
     len_q, len_k = q.shape[1], k.shape[1]
@@ -93,6 +108,7 @@ def sequence_reference(
         lse = (q * 0.0).sum(-1) + float("inf")
         return q @ k.transpose(1, 2) @ v, lse.float() if is_two_pass and q.dtype != torch.float64 else lse
     inside = visible(len_q, len_k, left, right, q.device)
+    inside = inside if shown is None else inside & shown
     has_key = inside.any(-1)
 
     def score(q: Tensor, k: Tensor) -> Tensor:
@@ -103,7 +119,7 @@ def sequence_reference(
             rows = torch.arange(len_q, device=q.device)[:, None] + len_k - len_q
             distance = (rows - torch.arange(len_k, device=q.device)).abs()
             scores = scores - (slopes.double()[:, None, None] * distance).to(q.dtype)
-        return scores.masked_fill(~inside, float("-inf")).masked_fill(~has_key[:, None], 0.0)
+        return scores.masked_fill(~inside, float("-inf")).masked_fill(~has_key[..., None], 0.0)
 
     scores = score(q, k)
     factor = None if keep is None else keep.to(q.dtype) / (1.0 - dropout_p)
@@ -114,7 +130,7 @@ def sequence_reference(
     else:
         weights = scores.softmax(-1)
         out, lse = (weights if factor is None else weights * factor) @ v, scores.logsumexp(-1)
-    return out.masked_fill(~has_key[:, None], 0.0), lse.masked_fill(~has_key, float("inf"))
+    return out.masked_fill(~has_key[..., None], 0.0), lse.masked_fill(~has_key, float("inf"))
 
 
 def attention_reference(
@@ -134,6 +150,8 @@ def attention_reference(
     block_table: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     rng_state: Tensor | None = None,
+    block_mask: Tensor | None = None,
+    block_size: tuple[int, int] = (0, 0),
     dtype: torch.dtype = torch.float64,
     is_two_pass: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -143,6 +161,7 @@ def attention_reference(
         q, k, v: as for `AttentionInputs`: dense (b, s, h, d), packed (total, h, d) with cu_seqlens, or paged keys.
         left, right: visible keys beside the diagonal; -1 is unbounded; causal is right = 0.
         rng_state: int64 (2,), seed and offset of the dropout bits; needed when dropout_p > 0.
+        block_mask: bool (1 or b, 1 or h, query blocks, key blocks): which blocks of block_size scores are visible.
         dtype: float64 for the oracle, the inputs' dtype for plain PyTorch in the same precision.
         is_two_pass: take gradients by the formula of `TwoPass` instead of autograd's.
         The other arguments are those of `attention`.
@@ -165,10 +184,9 @@ def attention_reference(
         skipped = int(leftpad_k[n]) if leftpad_k is not None else 0
         start = (starts_k[n] if is_packed_k else 0) + skipped
         k_n, v_n = (_keys_of(x, n, start, max(length - skipped, 0), is_packed_k, block_table) for x in (k, v))
-        keep = None
-        if dropout_p > 0.0:
-            indices = n * heads + torch.arange(heads, device=q.device)
-            keep = keep_mask(rng_state, indices, range(len(q_n)), range(len(k_n)), dropout_p)
+        shown = None
+        if block_mask is not None:
+            shown = shown_by_blocks(block_mask[n % len(block_mask)], block_size, len(q_n), len(k_n))
         out, lse = sequence_reference(
             q_n.to(dtype).transpose(0, 1),
             k_n.to(dtype).transpose(0, 1).repeat_interleave(group, 0),
@@ -178,7 +196,8 @@ def attention_reference(
             right=right,
             softcap=softcap,
             slopes=alibi_slopes[n] if alibi_slopes is not None and alibi_slopes.ndim == 2 else alibi_slopes,
-            keep=keep,
+            keep=_kept(n, heads, len(q_n), len(k_n), rng_state, dropout_p),
+            shown=shown,
             dropout_p=dropout_p,
             is_two_pass=is_two_pass,
         )

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attn_plus import ops
+from flash_attn_plus import block_sparse, ops
 from flash_attn_plus.problem import AttentionInputs, AttentionProblem, describe, normalize_band
 from flash_attn_plus.reference import attention_reference
 
@@ -51,6 +51,9 @@ class Case(NamedTuple):
     layout: Layout = "contiguous"
     q_factor: float = 1.0  # large values make hostile logits
     is_tied: bool = False  # all keys of a sequence are equal
+    block_size: tuple[int, int] = (0, 0)  # with `blocks`: queries and keys of a block
+    blocks: Literal["", "shared", "heads", "batch"] = ""  # a random block mask, and who has one of its own
+    block_density: float = 0.5
 
     @property
     def sequences(self) -> int:
@@ -75,7 +78,7 @@ class Case(NamedTuple):
             self.head_dim, self.head_dim_v or self.head_dim, *normalize_band(self.left, self.right, seqlen_q, seqlen_k),
             self.softcap > 0.0, bool(self.alibi), self.dropout_p > 0.0,
             self.lengths_q is not None, self.lengths_k is not None and not self.page_size, self.page_size,
-            self.used is not None, self.leftpad is not None, is_backward,
+            self.used is not None, self.leftpad is not None, is_backward, has_block_mask=bool(self.blocks),
         )  # fmt: skip
 
 
@@ -185,10 +188,12 @@ def make_inputs(
         shape = (case.heads,) if case.alibi == "heads" else (batch, case.heads)
         slopes = (torch.rand(shape, generator=random) * 0.3).to(device)
     rng_state = torch.randint(0, 2**62, (2,), generator=random).to(device) if case.dropout_p else None
+    block_mask = _random_blocks(case, random)
     inputs = AttentionInputs(
         place(q), place(k), place(v), case.head_dim**-0.5 if case.softmax_scale is None else case.softmax_scale,
         case.softcap, case.dropout_p, starts(case.lengths_q), starts(case.lengths_k), integers(case.used),
         integers(case.leftpad), None if table is None else table.to(device), slopes, rng_state,
+        block_mask=None if block_mask is None else block_mask.to(device), block_size=case.block_size,
     )  # fmt: skip
     return Call(
         inputs,
@@ -199,6 +204,16 @@ def make_inputs(
         0 if case.lengths_q is None else max(case.lengths_q) + case.slack,
         0 if case.lengths_k is None else max(case.lengths_k) + case.slack,
     )
+
+
+def _random_blocks(case: Case, random: torch.Generator) -> Tensor | None:
+    """Bool (1 or b, 1 or h, query blocks, key blocks), each visible with the case's probability."""
+    if not case.blocks:
+        return None
+    problem = case.problem(torch.float32)
+    blocks = [-(-n // size) for n, size in zip((problem.seqlen_q, problem.seqlen_k), case.block_size, strict=True)]
+    lead = {"shared": (1, 1), "heads": (1, case.heads), "batch": (case.sequences, case.heads)}[case.blocks]
+    return torch.rand((*lead, *blocks), generator=random) < case.block_density
 
 
 def _lse_shape(case: Case) -> tuple[int, ...]:
@@ -236,11 +251,20 @@ def _arguments(call: Call) -> tuple[tuple, tuple]:
     )
 
 
+def _block_arguments(call: Call) -> tuple:
+    """What follows the tensors in the arguments of the block-sparse operators."""
+    (cu_q, cu_k, longest_q, longest_k, *_), options = _arguments(call)
+    return (call.inputs.block_mask, *call.inputs.block_size, cu_q, cu_k, longest_q, longest_k, *options)
+
+
 def run_forward(call: Call) -> dict[str, Tensor]:
     """out and lse of the engine, by whatever backend is chosen."""
     sequences, options = _arguments(call)
     with torch.no_grad(), poisoned_outputs():
-        out, lse = ops.forward(*call.inputs[:3], *sequences, *options)
+        if call.inputs.block_mask is None:
+            out, lse = ops.forward(*call.inputs[:3], *sequences, *options)
+        else:
+            out, lse = block_sparse.forward(*call.inputs[:3], *_block_arguments(call))
     return {"out": out, "lse": lse}
 
 
@@ -255,7 +279,10 @@ def run_backward(
     ]
     dlse = call.dlse if with_dlse else None
     with torch.no_grad():
-        delta = ops.backward(call.dout, q, k, v, out, lse, dlse, *grads, *sequences, *options, deterministic)
+        if call.inputs.block_mask is None:
+            delta = ops.backward(call.dout, q, k, v, out, lse, dlse, *grads, *sequences, *options, deterministic)
+        else:
+            delta = block_sparse.backward(call.dout, q, k, v, out, lse, dlse, *grads, *_block_arguments(call))
     return dict(zip(("dq", "dk", "dv"), grads, strict=True)) | {"delta": delta}
 
 

@@ -19,6 +19,7 @@ class Capability:
     max_head_dim: int
     devices: frozenset[str] | None = None  # None: any device type
     refused: dict[str, str] = field(default_factory=dict)  # a true AttentionProblem field -> why it is refused
+    takes_block_mask: bool = False
 
     def reasons(self, problem: AttentionProblem) -> list[str]:
         """Why the problem lies outside these limits; empty when it does not."""
@@ -32,6 +33,8 @@ class Capability:
         if problem.head_dim_v > self.max_head_dim:
             found.append(f"head_dim_v {problem.head_dim_v} > {self.max_head_dim}")
         found += [why for name, why in self.refused.items() if getattr(problem, name)]
+        if problem.has_block_mask and not self.takes_block_mask:
+            found.append("block_mask not implemented")
         return found
 
 

@@ -1,11 +1,39 @@
 """The visible band of one sequence: which rows see keys, which keys a row block sees, and the mask of a tile."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flash_attn_plus.problem import normalize_band
+
+
+class Runs:
+    """Several ranges of keys, in order, as one; `start` and `stop` enclose them."""
+
+    def __init__(self, runs: Sequence[range]):
+        self.runs = runs
+        self.start, self.stop = (runs[0].start, runs[-1].stop) if runs else (0, 0)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.runs))
+
+
+Keys = range | Runs
+
+
+def positions(keys: Keys, device: torch.device) -> Tensor:
+    """int32 (keys,): the keys' numbers."""
+    runs = keys.runs if isinstance(keys, Runs) else (keys,)
+    return torch.cat([torch.arange(run.start, run.stop, dtype=torch.int32, device=device) for run in runs])
+
+
+def selector(keys: Keys, device: torch.device) -> slice | Tensor:
+    """What takes the keys out of a dimension that holds all of them; a view where they are adjacent."""
+    if len(keys) == keys.stop - keys.start:
+        return slice(keys.start, keys.stop)
+    return positions(keys, device)
 
 
 class Band(NamedTuple):
@@ -44,20 +72,19 @@ class Band(NamedTuple):
         stop = min(self.len_k, rows.stop + self.offset + self.right) if self.right >= 0 else self.len_k
         return range(start, stop)
 
-    def is_open(self, rows: range, cols: range) -> bool:
+    def is_open(self, rows: range, cols: Keys) -> bool:
         """Whether every one of the rows sees every one of the keys."""
         nearest, farthest = rows.start + self.offset, rows.stop - 1 + self.offset
         return (self.right < 0 or cols.stop - 1 <= nearest + self.right) and (
             self.left < 0 or cols.start >= farthest - self.left
         )
 
-    def distance(self, rows: range, cols: range, device: torch.device) -> Tensor:
+    def distance(self, rows: range, cols: Keys, device: torch.device) -> Tensor:
         """int32 (rows, cols): how far each key lies after the one aligned with the row."""
-        key = torch.arange(cols.start, cols.stop, dtype=torch.int32, device=device)
         aligned = torch.arange(rows.start + self.offset, rows.stop + self.offset, dtype=torch.int32, device=device)
-        return key - aligned[:, None]
+        return positions(cols, device) - aligned[:, None]
 
-    def hidden(self, rows: range, cols: range, device: torch.device) -> Tensor | None:
+    def hidden(self, rows: range, cols: Keys, device: torch.device) -> Tensor | None:
         """Bool (rows, cols), true where the key is outside the band; None when none of the tile is."""
         if self.is_open(rows, cols):
             return None

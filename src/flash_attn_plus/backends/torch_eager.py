@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from flash_attn_plus.backends import torch_cpu_flash, torch_tiles
+from flash_attn_plus.backends import torch_blocks, torch_cpu_flash, torch_tiles
 from flash_attn_plus.backends.base import Backend, Capability
 from flash_attn_plus.backends.torch_band import Band
 from flash_attn_plus.backends.torch_segments import Segment, segments
@@ -11,8 +11,8 @@ from flash_attn_plus.problem import FLOAT_DTYPES, MAX_HEAD_DIM, AttentionInputs,
 
 
 def _is_fused(problem: AttentionProblem, inputs: AttentionInputs) -> bool:
-    """Whether PyTorch's fused CPU operator can serve: it knows neither softcap, dropout nor a scale of zero."""
-    is_plain = not problem.has_softcap and not problem.has_dropout and inputs.softmax_scale != 0.0
+    """Whether PyTorch's fused CPU operator can serve: it knows no softcap, dropout, block mask or scale of 0."""
+    is_plain = not (problem.has_softcap or problem.has_dropout or problem.has_block_mask or inputs.softmax_scale == 0.0)
     return is_plain and problem.device.type == "cpu"
 
 
@@ -46,7 +46,7 @@ class TorchEager(Backend):
     """
 
     name = "torch"
-    capability = Capability(dtypes=frozenset(FLOAT_DTYPES), max_head_dim=MAX_HEAD_DIM)
+    capability = Capability(dtypes=frozenset(FLOAT_DTYPES), max_head_dim=MAX_HEAD_DIM, takes_block_mask=True)
 
     @torch.no_grad()
     def forward(self, problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:
@@ -60,6 +60,9 @@ class TorchEager(Backend):
             results = part.queries(out), part.statistics(lse)
             if _is_fused(problem, inputs):
                 torch_cpu_flash.forward(q, k, v, *results, band, inputs.softmax_scale, part.slopes(inputs.alibi_slopes))
+            elif problem.has_block_mask:
+                blocks = part.blocks(inputs.block_mask), inputs.block_size
+                torch_blocks.forward(q, k, v, *results, band, _rule(problem, inputs, part), *blocks)
             else:
                 torch_tiles.forward(q, k, v, *results, band, _rule(problem, inputs, part))
         if problem.is_varlen_q:
@@ -96,10 +99,13 @@ class TorchEager(Backend):
                     band, inputs.softmax_scale, part.slopes(inputs.alibi_slopes),
                 )  # fmt: skip
             else:
-                torch_tiles.backward(
-                    q, k, v, dout_part, lse_part, delta_part, dq_part, dk_part, dv_part,
-                    band, _rule(problem, inputs, part),
-                )  # fmt: skip
+                given = q, k, v, dout_part, lse_part, delta_part
+                rule, results = _rule(problem, inputs, part), (dq_part, dk_part, dv_part)
+                if problem.has_block_mask:
+                    blocks = part.blocks(inputs.block_mask), inputs.block_size
+                    torch_blocks.backward(*given, *results, band, rule, *blocks)
+                else:
+                    torch_tiles.backward(*given, *results, band, rule)
         if problem.is_varlen_q:
             _fill_uncovered(dq, 0, rows, 0.0)
             _fill_uncovered(delta, 1, rows, 0.0)

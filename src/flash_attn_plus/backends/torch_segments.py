@@ -55,6 +55,10 @@ class Segment(NamedTuple):
         pages = block_table[self.first : self.last, : math.ceil(self.len_k / x.shape[1])].long()
         return x[pages].flatten(1, 2)[:, : self.len_k]
 
+    def blocks(self, block_mask: Tensor) -> Tensor:
+        """(1 or size, 1 or h, query blocks, key blocks) of the segment."""
+        return block_mask if block_mask.shape[0] == 1 else block_mask[self.first : self.last]
+
     def slopes(self, alibi_slopes: Tensor | None) -> Tensor | None:
         """(1 or count, h) slopes of the segment."""
         if alibi_slopes is None or alibi_slopes.ndim == 1:

@@ -5,16 +5,18 @@ float32 accumulators of dk and dv, the largest temporaries are a few tiles of ba
 TILE_NUMBERS each, or 16 rows against all keys where that is more: linear in the sequence length.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flash_attn_plus.backends.torch_band import Band, row_blocks
+from flash_attn_plus.backends.torch_band import Band, Keys, Runs, row_blocks, selector
 from flash_attn_plus.dropout import keep_mask
 
 TILE_NUMBERS = {"cpu": 2**21, "other": 2**25}  # 8 MiB stays in a CPU's cache; devices want more work a launch
 MIN_ROWS = 16
+Tiles = Iterable[tuple[range, Keys]]  # blocks of rows, each with the keys that it sees
 
 
 class Rule(NamedTuple):
@@ -55,13 +57,14 @@ def _summed_over_heads(a: Tensor, b: Tensor, rows: int) -> Tensor:
     return (a.transpose(-1, -2) @ b).sum(2)
 
 
-def _block_size(n: int, heads: int, band: Band, device: torch.device) -> int:
+def block_rows(n: int, heads: int, band: Band, device: torch.device) -> int:
+    """Rows whose scores against all keys that they may see are a tile of the wanted size."""
     budget = TILE_NUMBERS["cpu" if device.type == "cpu" else "other"]
     size = max(MIN_ROWS, budget // (n * heads * max(1, band.keys_per_block(MIN_ROWS))))
     return max(MIN_ROWS, budget // (n * heads * max(1, band.keys_per_block(size))))
 
 
-def _scores(q: Tensor, k: Tensor, band: Band, rule: Rule, rows: range, cols: range) -> tuple[Tensor, Tensor | None]:
+def _scores(q: Tensor, k: Tensor, band: Band, rule: Rule, rows: range, cols: Keys) -> tuple[Tensor, Tensor | None]:
     """Masked scores (n, h, rows, cols) of q (n, hk, group * rows, d) and k (n, hk, cols, d), and the softcap's tanh."""
     scores = (q @ k.transpose(-1, -2)).view(q.shape[0], -1, len(rows), len(cols)).mul_(rule.softmax_scale)
     squashed = None
@@ -74,26 +77,42 @@ def _scores(q: Tensor, k: Tensor, band: Band, rule: Rule, rows: range, cols: ran
     return scores if hidden is None else scores.masked_fill_(hidden, float("-inf")), squashed
 
 
-def _dropout_factor(rule: Rule, rows: range, cols: range, dtype: torch.dtype) -> Tensor | None:
+def _dropout_factor(rule: Rule, rows: range, cols: Keys, dtype: torch.dtype) -> Tensor | None:
     """(n, h, rows, cols): 1 / (1 - p) where the weight is kept, else 0; None without dropout."""
     if rule.dropout_p == 0.0:
         return None
-    keep = keep_mask(rule.rng_state, rule.batch_heads, rows, cols, rule.dropout_p)
+    runs = cols.runs if isinstance(cols, Runs) else (cols,)
+    keep = torch.cat([keep_mask(rule.rng_state, rule.batch_heads, rows, run, rule.dropout_p) for run in runs], -1)
     return keep.to(dtype).mul_(1.0 / (1.0 - rule.dropout_p))
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, band: Band, rule: Rule) -> None:
-    """Fill out (n, sq, h, dv) and lse (n, h, sq) from q (n, sq, h, d), k (n, sk, hk, d), v (n, sk, hk, dv)."""
+def _band_tiles(q: Tensor, band: Band) -> Tiles:
+    """Every block of rows that see a key, against the band's keys."""
+    size = block_rows(q.shape[0], q.shape[2], band, q.device)
+    return ((rows, band.keys(rows)) for rows in row_blocks(band.first_row, band.len_q, size))
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, band: Band, rule: Rule, tiles: Tiles | None = None
+) -> None:
+    """Fill out (n, sq, h, dv) and lse (n, h, sq) from q (n, sq, h, d), k (n, sk, hk, d), v (n, sk, hk, dv).
+
+    `tiles` leave out what is hidden besides the band, and cover the rows from band.first_row on.
+    """
     dtype, heads_k = accumulation_dtype(q.dtype), k.shape[2]
     out[:, : band.first_row] = 0.0
     lse[..., : band.first_row] = float("inf")
     k_heads, v_heads = k.transpose(1, 2).to(dtype), v.transpose(1, 2).to(dtype)
-    size = _block_size(q.shape[0], q.shape[2], band, q.device)
-    for rows in row_blocks(band.first_row, band.len_q, size):
-        cols = band.keys(rows)
-        here, seen = slice(rows.start, rows.stop), slice(cols.start, cols.stop)
+    for rows, cols in _band_tiles(q, band) if tiles is None else tiles:
+        here, seen = slice(rows.start, rows.stop), selector(cols, q.device)
+        if len(cols) == 0:
+            out[:, here] = 0.0
+            lse[..., here] = float("inf")
+            continue
         scores, _ = _scores(_by_group(q[:, here].to(dtype), heads_k), k_heads[:, :, seen], band, rule, rows, cols)
         block_lse = scores.logsumexp(-1)
+        if tiles is not None:  # a row may see none of the block's keys
+            block_lse = block_lse.masked_fill_(block_lse == float("-inf"), float("inf"))
         weights = scores.sub_(block_lse[..., None]).exp_()
         factor = _dropout_factor(rule, rows, cols, dtype)
         if factor is not None:
@@ -101,6 +120,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, band: Ban
         grouped = weights.view(q.shape[0], heads_k, -1, len(cols))
         out[:, here] = _from_group(grouped @ v_heads[:, :, seen], len(rows))
         lse[..., here] = block_lse
+
+
+def zero_sums(x: Tensor) -> Tensor:
+    """Where the gradient of x (n, sk, hk, d) is summed: (n, hk, sk, d) in the precision of sums."""
+    return torch.zeros_like(x.transpose(1, 2), dtype=accumulation_dtype(x.dtype))
 
 
 def backward(
@@ -117,14 +141,35 @@ def backward(
     rule: Rule,
 ) -> None:
     """Fill dq, dk and dv, laid out like q, k and v, from dout (n, sq, h, dv), lse and delta (n, h, sq)."""
+    sum_dk, sum_dv = zero_sums(k), zero_sums(v)
+    accumulate(q, k, v, dout, lse, delta, dq, sum_dk, sum_dv, band, rule, _band_tiles(q, band))
+    dk.copy_(sum_dk.transpose(1, 2))
+    dv.copy_(sum_dv.transpose(1, 2))
+
+
+def accumulate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dq: Tensor,
+    sum_dk: Tensor,
+    sum_dv: Tensor,
+    band: Band,
+    rule: Rule,
+    tiles: Tiles,
+) -> None:
+    """Fill dq, and add to sum_dk (n, hk, sk, d) and sum_dv (n, hk, sk, dv), over the tiles of `forward`."""
     dtype, n, heads_k = accumulation_dtype(q.dtype), q.shape[0], k.shape[2]
     k_heads, v_heads = k.transpose(1, 2).to(dtype), v.transpose(1, 2).to(dtype)
-    sum_dk, sum_dv = torch.zeros_like(k_heads), torch.zeros_like(v_heads)
     dq[:, : band.first_row] = 0.0
-    size = _block_size(n, q.shape[2], band, q.device)
-    for rows in row_blocks(band.first_row, band.len_q, size):
-        cols = band.keys(rows)
-        here, seen = slice(rows.start, rows.stop), slice(cols.start, cols.stop)
+    for rows, cols in tiles:
+        here, seen = slice(rows.start, rows.stop), selector(cols, q.device)
+        if len(cols) == 0:
+            dq[:, here] = 0.0
+            continue
         q_block, dout_block = (_by_group(x[:, here].to(dtype), heads_k) for x in (q, dout))
         scores, squashed = _scores(q_block, k_heads[:, :, seen], band, rule, rows, cols)
         weights = scores.sub_(lse[..., here, None]).exp_()
@@ -140,5 +185,3 @@ def backward(
         grouped = dscores.mul_(rule.softmax_scale).view(n, heads_k, -1, len(cols))
         dq[:, here] = _from_group(grouped @ k_heads[:, :, seen], len(rows))
         sum_dk[:, :, seen] += _summed_over_heads(grouped, q_block, len(rows))
-    dk.copy_(sum_dk.transpose(1, 2))
-    dv.copy_(sum_dv.transpose(1, 2))

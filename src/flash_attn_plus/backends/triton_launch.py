@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from flash_attn_plus import device, env
-from flash_attn_plus.backends import triton_replay
+from flash_attn_plus.backends import triton_blocks, triton_replay
 from flash_attn_plus.backends.triton_replay import Replay
 from flash_attn_plus.kernels.features import Features
 from flash_attn_plus.kernels.triton import backward as backward_kernels
@@ -106,11 +106,11 @@ class ForwardPlan:
             *_row_strides(inputs.v, packed_k),
         )
         table_stride = inputs.block_table.stride(0) if p.page_size else 0
-        self._rest = (
+        self._numbers = (
             table_stride, _slope_stride(inputs.alibi_slopes), p.seqlen_q, p.seqlen_k, p.heads, p.heads // p.heads_k,
             p.left, p.right, p.page_size, *_scalars(inputs),
-            p.head_dim, p.head_dim_v, _power_of_two(p.head_dim), _power_of_two(p.head_dim_v),
         )  # fmt: skip
+        self._sizes = (p.head_dim, p.head_dim_v, _power_of_two(p.head_dim), _power_of_two(p.head_dim_v))
 
     def __call__(self, x: AttentionInputs, out: Tensor, lse: Tensor) -> None:
         """Launch on the current stream of the problem's device."""
@@ -122,23 +122,24 @@ class ForwardPlan:
             if self._replay is not None and triton_replay.may_replay() and triton_replay.are_aligned(tensors):
                 self._replay(*tensors)
             else:
-                self._launch(tensors, out, lse)
+                self._launch(x, tensors, out, lse)
 
-    def _launch(self, tensors: tuple, out: Tensor, lse: Tensor) -> None:
+    def _launch(self, x: AttentionInputs, tensors: tuple, out: Tensor, lse: Tensor) -> None:
         p, packed_q = self._problem, self._problem.is_varlen_q
         strides = (*self._strides_qkv, *_row_strides(out, packed_q), *_statistic_strides(lse, packed_q))
 
         def run(c: TileConfig) -> None:
+            c, F, blocks = triton_blocks.prepare(p, x, self._features, c, is_by_keys=False)
             grid = (-(-p.seqlen_q // c.block_m) * p.heads * p.batch,)
-            tail = (*strides, *self._rest, c.block_m, c.block_n, self._features)
+            tail = (*strides, *self._numbers, blocks, *self._sizes, c.block_m, c.block_n, F)
             compiled = forward_kernels.attention_forward_kernel[grid](
                 *tensors, *tail, num_warps=c.num_warps, num_stages=c.num_stages
             )
-            may_record = triton_replay.IS_PROVEN and p.device.type == "cuda" and isinstance(compiled, CompiledKernel)
-            if may_record and triton_replay.are_aligned(tensors):
+            is_same = p.device.type == "cuda" and blocks is None and isinstance(compiled, CompiledKernel)
+            if triton_replay.IS_PROVEN and is_same and triton_replay.are_aligned(tensors):
                 self._replay = Replay(compiled, grid, tail, p.device)
 
-        key = ("forward", p.device, p.dtype, p.head_dim, p.head_dim_v, self._features)
+        key = ("forward", p.device, p.dtype, p.head_dim, p.head_dim_v, x.block_size, self._features)
         launch_first_fitting(key, heuristics.forward(p, self._facts), run)
 
 
@@ -163,39 +164,42 @@ def backward(
     p, x = problem, inputs
     F = features(p, x)
     packed_q, packed_k = p.is_varlen_q, p.is_varlen_k
-    block_d, block_dv = _power_of_two(p.head_dim), _power_of_two(p.head_dim_v)
+    head_dims = (p.head_dim, p.head_dim_v, _power_of_two(p.head_dim), _power_of_two(p.head_dim_v))
     strides_g, statistic_strides = _row_strides(dout, packed_q), _statistic_strides(lse, packed_q)
     strides = (*_row_strides(x.q, packed_q), *_row_strides(x.k, packed_k), *_row_strides(x.v, packed_k), *strides_g)
     sizes = (p.seqlen_q, p.seqlen_k, p.heads, p.heads // p.heads_k, p.left, p.right)
-    tail = (_slope_stride(x.alibi_slopes), *sizes, *_scalars(x), p.head_dim, p.head_dim_v, block_d, block_dv)
+    numbers = (_slope_stride(x.alibi_slopes), *sizes, *_scalars(x))
     spans = (x.cu_seqlens_q, x.cu_seqlens_k, x.alibi_slopes, x.rng_state)
     statistics, stride_statistics = _allocate_statistics(p, x.q)
     facts = device.probe(p.device)
-    key = (p.device, p.dtype, p.head_dim, p.head_dim_v, F)
+    key = (p.device, p.dtype, p.head_dim, p.head_dim_v, x.block_size, F)
 
     def run_statistics(c: TileConfig) -> None:
         align = backward_kernels.STATISTICS_ALIGN.value
         grid = (-(-p.seqlen_q // align) * align // c.block_m * p.heads * p.batch,)
         backward_kernels.attention_statistics_kernel[grid](
             out, dout, lse, dlse, delta, statistics, x.cu_seqlens_q, *_row_strides(out, packed_q), *strides_g,
-            *statistic_strides, stride_statistics, p.seqlen_q, p.heads, p.head_dim_v, block_dv, c.block_m, F,
+            *statistic_strides, stride_statistics, p.seqlen_q, p.heads, *head_dims[1::2], c.block_m, F,
             num_warps=c.num_warps,
         )  # fmt: skip
 
     def run_dkdv(c: TileConfig) -> None:
+        c, switches, blocks = triton_blocks.prepare(p, x, F, c, is_by_keys=True)
         grid = (-(-p.seqlen_k // c.block_n) * p.heads_k * p.batch,)
         for wants_dk, wants_dv in ((False, True), (True, False)) if c.is_split else ((True, True),):
             backward_kernels.attention_backward_dkdv_kernel[grid](
                 x.q, x.k, x.v, dout, statistics, dk, dv, *spans, *strides, *_row_strides(dk, packed_k),
-                *_row_strides(dv, packed_k), stride_statistics, *tail, c.block_m, c.block_n, F, wants_dk, wants_dv,
-                num_warps=c.num_warps, num_stages=c.num_stages,
+                *_row_strides(dv, packed_k), stride_statistics, *numbers, blocks, *head_dims, c.block_m, c.block_n,
+                switches, wants_dk, wants_dv, num_warps=c.num_warps, num_stages=c.num_stages,
             )  # fmt: skip
 
     def run_dq(c: TileConfig) -> None:
+        c, switches, blocks = triton_blocks.prepare(p, x, F, c, is_by_keys=False)
         grid = (-(-p.seqlen_q // c.block_m) * p.heads * p.batch,)
         backward_kernels.attention_backward_dq_kernel[grid](
             x.q, x.k, x.v, dout, lse, delta, dq, *spans, *strides, *_row_strides(dq, packed_q), *statistic_strides,
-            *tail, c.block_m, c.block_n, F, num_warps=c.num_warps, num_stages=c.num_stages,
+            *numbers, blocks, *head_dims, c.block_m, c.block_n, switches, num_warps=c.num_warps,
+            num_stages=c.num_stages,
         )  # fmt: skip
 
     with _on(p.device):

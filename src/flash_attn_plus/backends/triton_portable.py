@@ -27,6 +27,7 @@ class TritonPortable(Backend):
     capability = Capability(
         dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
         max_head_dim=512,
+        takes_block_mask=True,
     )
 
     def unavailable(self) -> str | None:

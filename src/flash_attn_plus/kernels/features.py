@@ -21,3 +21,5 @@ class Features(NamedTuple):
     is_paged: bool = False
     is_exact: bool = False  # float32 inputs: no fast approximations
     precision: str = "ieee"  # how float32 tiles are multiplied
+    has_blocks: bool = False  # tiles are listed: those of the visible blocks
+    has_cut_blocks: bool = False  # blocks begin or end within tiles

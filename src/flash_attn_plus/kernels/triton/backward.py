@@ -7,7 +7,7 @@ bitwise repeatable (Dao, arXiv 2307.08691, section 3.1.2, with the sum over tile
 import triton
 import triton.language as tl
 
-from flash_attn_plus.kernels.triton import dropout, mask, score, sequence
+from flash_attn_plus.kernels.triton import block_lists, dropout, mask, score, sequence
 from flash_attn_plus.kernels.triton.call import Band, Drop, Rule
 
 # Row starts of the statistics are multiples of this, and tiles of queries are no longer: no load needs a mask.
@@ -72,7 +72,7 @@ def attention_statistics_kernel(
 
 @triton.jit
 def _dkdv_tile(
-    dk, dv, k, v, q_base, dout_base, statistics_base, stride_qs, stride_gs, row0, col0, band, rule, drop,
+    dk, dv, k, v, q_base, dout_base, statistics_base, stride_qs, stride_gs, row0, col0, band, walk, rule, drop,
     BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, F: tl.constexpr,
     WANTS_DK: tl.constexpr, WANTS_DV: tl.constexpr, IS_MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +93,7 @@ def _dkdv_tile(
     scores, steepness = score.modify(scores, rows[None, :], cols[:, None], band, rule, F)
     p = score.power(scores * score.multiplier(rule, F) - lse[None, :], F)
     if IS_MASKED:
-        p = tl.where(mask.keep(rows[None, :], cols[:, None], band, F), p, 0.0)
+        p = tl.where(block_lists.keep(rows[None, :], cols[:, None], band, walk, F), p, 0.0)
     if F.has_dropout:
         kept = tl.trans(dropout.keep_tile(drop, row0, col0, BLOCK_M, dk.shape[0]))
         dropped = tl.where(kept, p * drop.factor, 0.0)
@@ -117,7 +117,7 @@ def attention_backward_dkdv_kernel(
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_dkb, stride_dks, stride_dkh, stride_dvb, stride_dvs, stride_dvh,
     stride_statistics, stride_slopes, len_q, len_k, heads, group, left, right,
-    scale, sign, softcap, keep_threshold, keep_factor,
+    scale, sign, softcap, keep_threshold, keep_factor, blocks,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr, WANTS_DK: tl.constexpr, WANTS_DV: tl.constexpr,
 ):  # fmt: skip
@@ -143,7 +143,7 @@ def attention_backward_dkdv_kernel(
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    first, full_first, full_end, end = mask.query_tiles(col0, band, F, BLOCK_M, BLOCK_N)
+    band_tiles = mask.query_tiles(col0, band, F, BLOCK_M, BLOCK_N)
     for member in tl.range(0, group):
         head = kv_head * group + member
         rule = Rule(scale, sign, softcap, score.slope_of(slopes_ptr, batch, head, stride_slopes, F))
@@ -152,16 +152,22 @@ def attention_backward_dkdv_kernel(
         q_base = sequence.base(q_ptr, batch, head, q_start, stride_qb, stride_qh, stride_qs)
         dout_base = sequence.base(dout_ptr, batch, head, q_start, stride_gb, stride_gh, stride_gs)
         statistics_base = _statistics_base(statistics_ptr, batch, statistics_head, q_start, stride_statistics, F)
+        walk = block_lists.walk_of(blocks, batch, head, tile, F)
+        first, full_first, full_end, end = block_lists.spans(walk, band_tiles, F)
+        full, partial = block_lists.first_tiles(walk, full_first, F)
         for i in tl.range(full_first, full_end):
-            dk, dv = _dkdv_tile(
-                dk, dv, k, v, q_base, dout_base, statistics_base, stride_qs, stride_gs, i * BLOCK_M, col0,
-                band, rule, drop, BLOCK_M, HEAD_DIM, HEAD_DIM_V, F, WANTS_DK, WANTS_DV, False,
-            )  # fmt: skip
-        for i in tl.range(0, end - first - (full_end - full_first)):
-            row0 = mask.masked_tile(i, first, full_first, full_end) * BLOCK_M
+            place, full = block_lists.full_tile(walk, i, full, F)
+            row0 = place * BLOCK_M
             dk, dv = _dkdv_tile(
                 dk, dv, k, v, q_base, dout_base, statistics_base, stride_qs, stride_gs, row0, col0,
-                band, rule, drop, BLOCK_M, HEAD_DIM, HEAD_DIM_V, F, WANTS_DK, WANTS_DV, True,
+                band, walk, rule, drop, BLOCK_M, HEAD_DIM, HEAD_DIM_V, F, WANTS_DK, WANTS_DV, False,
+            )  # fmt: skip
+        for i in tl.range(0, end - first - (full_end - full_first)):
+            place, partial = block_lists.masked_tile(walk, i, partial, first, full_first, full_end, F)
+            row0 = place * BLOCK_M
+            dk, dv = _dkdv_tile(
+                dk, dv, k, v, q_base, dout_base, statistics_base, stride_qs, stride_gs, row0, col0,
+                band, walk, rule, drop, BLOCK_M, HEAD_DIM, HEAD_DIM_V, F, WANTS_DK, WANTS_DV, True,
             )  # fmt: skip
 
     if WANTS_DK:
@@ -178,7 +184,7 @@ def attention_backward_dkdv_kernel(
 
 @triton.jit
 def _dq_tile(
-    dq, q, dout, lse, delta, k_base, v_base, stride_ks, stride_vs, row0, col0, band, rule, drop,
+    dq, q, dout, lse, delta, k_base, v_base, stride_ks, stride_vs, row0, col0, band, walk, rule, drop,
     BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, F: tl.constexpr, IS_MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add what the keys [col0, col0 + BLOCK_N) contribute to one tile of queries."""
@@ -194,7 +200,7 @@ def _dq_tile(
     scores, steepness = score.modify(scores, rows[:, None], cols[None, :], band, rule, F)
     p = score.power(scores * score.multiplier(rule, F) - lse[:, None], F)
     if IS_MASKED:
-        p = tl.where(mask.keep(rows[:, None], cols[None, :], band, F), p, 0.0)
+        p = tl.where(block_lists.keep(rows[:, None], cols[None, :], band, walk, F), p, 0.0)
     if F.has_dropout:
         dp = tl.where(dropout.keep_tile(drop, row0, col0, dq.shape[0], BLOCK_N), dp * drop.factor, 0.0)
     ds = score.derivative(p * (dp - delta[:, None]), steepness, F)
@@ -209,7 +215,7 @@ def attention_backward_dq_kernel(
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gs, stride_gh, stride_dqb, stride_dqs, stride_dqh,
     stride_lb, stride_lh, stride_slopes, len_q, len_k, heads, group, left, right,
-    scale, sign, softcap, keep_threshold, keep_factor,
+    scale, sign, softcap, keep_threshold, keep_factor, blocks,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
@@ -243,17 +249,22 @@ def attention_backward_dq_kernel(
     v_base = sequence.base(v_ptr, batch, head // group, k_start, stride_vb, stride_vh, stride_vs)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    first, full_first, full_end, end = mask.key_tiles(row0, band, F, BLOCK_M, BLOCK_N)
+    walk = block_lists.walk_of(blocks, batch, head, tile, F)
+    first, full_first, full_end, end = block_lists.spans(walk, mask.key_tiles(row0, band, F, BLOCK_M, BLOCK_N), F)
+    full, partial = block_lists.first_tiles(walk, full_first, F)
     for i in tl.range(full_first, full_end):
-        dq = _dq_tile(
-            dq, q, dout, lse, delta, k_base, v_base, stride_ks, stride_vs, row0, i * BLOCK_N,
-            band, rule, drop, BLOCK_N, HEAD_DIM, HEAD_DIM_V, F, False,
-        )  # fmt: skip
-    for i in tl.range(0, end - first - (full_end - full_first)):
-        col0 = mask.masked_tile(i, first, full_first, full_end) * BLOCK_N
+        place, full = block_lists.full_tile(walk, i, full, F)
+        col0 = place * BLOCK_N
         dq = _dq_tile(
             dq, q, dout, lse, delta, k_base, v_base, stride_ks, stride_vs, row0, col0,
-            band, rule, drop, BLOCK_N, HEAD_DIM, HEAD_DIM_V, F, True,
+            band, walk, rule, drop, BLOCK_N, HEAD_DIM, HEAD_DIM_V, F, False,
+        )  # fmt: skip
+    for i in tl.range(0, end - first - (full_end - full_first)):
+        place, partial = block_lists.masked_tile(walk, i, partial, first, full_first, full_end, F)
+        col0 = place * BLOCK_N
+        dq = _dq_tile(
+            dq, q, dout, lse, delta, k_base, v_base, stride_ks, stride_vs, row0, col0,
+            band, walk, rule, drop, BLOCK_N, HEAD_DIM, HEAD_DIM_V, F, True,
         )  # fmt: skip
     factor = scale
     if F.has_signed_scale:

@@ -3,14 +3,14 @@
 import triton
 import triton.language as tl
 
-from flash_attn_plus.kernels.triton import dropout, mask, score, sequence, softmax
+from flash_attn_plus.kernels.triton import block_lists, dropout, mask, score, sequence, softmax
 from flash_attn_plus.kernels.triton.call import Band, Drop, Rule
 
 
 @triton.jit
 def _fold_tile(
     acc, row_max, row_sum, q, k_base, v_base, row0, col0, table_ptr, page_size,
-    stride_kb, stride_ks, stride_vb, stride_vs, band, rule, drop, BLOCK_N: tl.constexpr,
+    stride_kb, stride_ks, stride_vb, stride_vs, band, walk, rule, drop, BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, F: tl.constexpr, IS_MASKED: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys [col0, col0 + BLOCK_N) into the accumulator."""
@@ -31,7 +31,7 @@ def _fold_tile(
     scores = tl.dot(q, k, input_precision=F.precision)  # [M, N]
     scores, _ = score.modify(scores, rows[:, None], cols[None, :], band, rule, F)
     if IS_MASKED:
-        scores = tl.where(mask.keep(rows[:, None], cols[None, :], band, F), scores, float("-inf"))
+        scores = tl.where(block_lists.keep(rows[:, None], cols[None, :], band, walk, F), scores, float("-inf"))
     weights, decay, row_max, row_sum = softmax.step(scores, score.multiplier(rule, F), row_max, row_sum, F)
     if F.has_dropout:
         kept = dropout.keep_tile(drop, row0, col0, acc.shape[0], BLOCK_N)
@@ -48,7 +48,7 @@ def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, used_k_ptr, leftpad_ptr, table_ptr, slopes_ptr, rng_ptr,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_ob, stride_os, stride_oh, stride_lb, stride_lh, stride_table, stride_slopes,
-    len_q, len_k, heads, group, left, right, page_size, scale, sign, softcap, keep_threshold, keep_factor,
+    len_q, len_k, heads, group, left, right, page_size, scale, sign, softcap, keep_threshold, keep_factor, blocks,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
@@ -85,17 +85,22 @@ def attention_forward_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    first, full_first, full_end, end = mask.key_tiles(row0, band, F, BLOCK_M, BLOCK_N)
+    walk = block_lists.walk_of(blocks, batch, head, tile, F)
+    first, full_first, full_end, end = block_lists.spans(walk, mask.key_tiles(row0, band, F, BLOCK_M, BLOCK_N), F)
+    full, partial = block_lists.first_tiles(walk, full_first, F)
     for i in tl.range(full_first, full_end):
-        acc, row_max, row_sum = _fold_tile(
-            acc, row_max, row_sum, q, k_base, v_base, row0, i * BLOCK_N, table_ptr, page_size,
-            stride_kb, stride_ks, stride_vb, stride_vs, band, rule, drop, BLOCK_N, HEAD_DIM, HEAD_DIM_V, F, False,
-        )  # fmt: skip
-    for i in tl.range(0, end - first - (full_end - full_first)):
-        col0 = mask.masked_tile(i, first, full_first, full_end) * BLOCK_N
+        place, full = block_lists.full_tile(walk, i, full, F)
+        col0 = place * BLOCK_N
         acc, row_max, row_sum = _fold_tile(
             acc, row_max, row_sum, q, k_base, v_base, row0, col0, table_ptr, page_size,
-            stride_kb, stride_ks, stride_vb, stride_vs, band, rule, drop, BLOCK_N, HEAD_DIM, HEAD_DIM_V, F, True,
+            stride_kb, stride_ks, stride_vb, stride_vs, band, walk, rule, drop, BLOCK_N, HEAD_DIM, HEAD_DIM_V, F, False,
+        )  # fmt: skip
+    for i in tl.range(0, end - first - (full_end - full_first)):
+        place, partial = block_lists.masked_tile(walk, i, partial, first, full_first, full_end, F)
+        col0 = place * BLOCK_N
+        acc, row_max, row_sum = _fold_tile(
+            acc, row_max, row_sum, q, k_base, v_base, row0, col0, table_ptr, page_size,
+            stride_kb, stride_ks, stride_vb, stride_vs, band, walk, rule, drop, BLOCK_N, HEAD_DIM, HEAD_DIM_V, F, True,
         )  # fmt: skip
 
     factor, lse = softmax.finish(row_max, row_sum, F)
