@@ -1,6 +1,7 @@
 """`verify` finds what is wrong, says what it did not run, and is quiet about what is right."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_a_wrong_output_and_a_wrong_gradient_are_found(small, capsys, monkeypatc
     monkeypatch.setattr(verify, "gradients", lambda *a: gradients(*a) | {"dk": torch.zeros_like(gradients(*a)["dk"])})
     assert main(["verify", "--device", "cpu", "--backend", "torch"]) == 1
     text = capsys.readouterr().out
-    assert "WRONG: float32" in text
+    assert re.search(r"causal +WRONG: bfloat16 float16 float32\n", text)
     assert "wrong: causal (float32) by torch: dk: error" in text
     assert "3 right, 3 wrong" in text
 

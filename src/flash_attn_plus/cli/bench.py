@@ -2,7 +2,7 @@
 (prefill, train, decode, varlen; all by default), with percent of this machine's roofline, which is measured first: the
 rate of a matrix product and the bandwidth of a copy. A wrong result gets no number, and makes the exit code 1.
 
-  flash-attn-plus bench prefill decode --csv new.csv --plot new.png --against old.csv
+  flash-attn-plus bench prefill decode --csv new.csv --against old.csv
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """What is installed, which devices there are, which backend serves on each, and the state of Triton's compiler.
 
 With --explain, every backend's reasons for one call instead, in words that attention's arguments suggest:
-  flash-attn-plus info --explain "b=2 s=8192 h=32 hk=8 d=128 dtype=bf16 causal grad"
+  flash-attn-plus info --explain "s=8192 h=32 hk=8 d=128 causal grad"
 Words: b s sq sk h hk d dv (sizes; s is both lengths), dtype=bf16|fp16|fp32|fp64, device=cpu|cuda:1, causal, window=L,R,
 softcap[=X], alibi, dropout[=P], varlen, page=SIZE, seqused, leftpad, grad, deterministic.
 The exit code is 1 when no backend serves the call.
@@ -30,10 +30,8 @@ from flash_attn_plus.tuning import table
 SUMMARY = "versions, devices, backends and why; --explain for one call"
 TYPICAL = "b=4 s=4096 h=16 d=128 dtype=bf16 causal"
 _PACKAGES = ("triton", "numpy", "einops", "flag_gems", "flash-attn-4", "xformers", "rich", "matplotlib")
-_VARIABLES = (
-    env.BACKEND, env.USE_FLAGGEMS, env.FP32_PRECISION, env.DEBUG, env.TUNING_TABLE, "TRITON_INTERPRET",
-    "TRITON_CACHE_DIR", "CUDA_VISIBLE_DEVICES",
-)  # fmt: skip
+_VARIABLES = tuple(value for name, value in vars(env).items() if name.isupper() and isinstance(value, str))
+_TRITON_VARIABLES = ("TRITON_INTERPRET", "TRITON_CACHE_DIR", "CUDA_VISIBLE_DEVICES")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -172,7 +170,7 @@ def gather() -> dict[str, Any]:
         "backends": [row for d in here for row in backends(torch.device(d["device"]))],
         "triton": triton_state(),
         "tuning table": tuning_state(),
-        "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "environment": {name: os.environ[name] for name in (*_VARIABLES, *_TRITON_VARIABLES) if name in os.environ},
     }
 
 
@@ -197,7 +195,7 @@ def show(found: dict[str, Any]) -> None:
     pairs("Triton", found["triton"])
     output.say("", f"Tuning table: {found['tuning table']}")
     pairs("Environment", found["environment"]) if found["environment"] else output.say("Environment: nothing set")
-    output.say("", 'Ask about one call: flash-attn-plus info --explain "s=8192 h=32 hk=8 causal grad"')
+    output.say("", 'One call: flash-attn-plus info --explain "s=8192 hk=8 causal grad"')
 
 
 def _passes(row: dict[str, Any]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import flash_attn_plus
 from flash_attn_plus import env, selection
-from flash_attn_plus.cli import bench, info, tune, verify, warmup
+from flash_attn_plus.cli import bench, info, output, tune, verify, warmup
 from flash_attn_plus.errors import InvalidArgument, NoBackend
 
 PROGRAM = "flash-attn-plus"
@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
             name,
             help=summary,
             description=module.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=output.Help,
         )
         module.add_arguments(command)
         command.add_argument("--json", action="store_true", help="print one JSON object instead of text")

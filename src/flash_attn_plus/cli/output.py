@@ -4,6 +4,7 @@ A table never loses text: in a terminal the last column is wrapped to the width,
 Control codes appear only where stderr is a terminal and `rich`, an optional package, draws the progress bar.
 """
 
+import argparse
 import importlib
 import json
 import shutil
@@ -12,6 +13,7 @@ import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import groupby
 from typing import Any
 
 _LEAST_LAST_COLUMN = 24
@@ -24,7 +26,7 @@ def say(*lines: str) -> None:
     for line in lines:
         indent = " " * (len(line) - len(line.lstrip()))
         if width is not None and len(line) > width:
-            line = textwrap.fill(line, width, subsequent_indent=indent + "  ", break_on_hyphens=False)
+            line = "\n".join(_wrapped(line, width, indent + "  "))
         print(line, flush=True)
 
 
@@ -63,7 +65,7 @@ def table_lines(
     room = None if width is None else max(_LEAST_LAST_COLUMN, width - before)
     lines = []
     for row in every:
-        parts = textwrap.wrap(row[-1], room, break_on_hyphens=False) if room is not None else [row[-1]]
+        parts = [row[-1]] if room is None else _wrapped(row[-1], room)
         cells = [
             cell.rjust(n) if name in right else cell.ljust(n)
             for cell, n, name in zip(row[:-1], widths[:-1], headers[:-1], strict=True)
@@ -73,6 +75,22 @@ def table_lines(
             lead = "  ".join(cells) if number == 0 else " " * (before - 2)
             lines.append((f"{lead}  {last}" if cells else last).rstrip())
     return lines
+
+
+def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
+    """Lines of whole words: paths and options stay in one piece, to be copied."""
+    return textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
+
+
+class Help(argparse.HelpFormatter):
+    """Help whose description keeps its paragraphs, and its examples, which are indented, as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines: list[str] = []
+        for is_example, group in groupby(text.splitlines(), lambda line: line.startswith("  ") or not line.strip()):
+            block = list(group)
+            lines += block if is_example else _wrapped(" ".join(block), width, indent)
+        return "\n".join(lines)
 
 
 class Progress(AbstractContextManager):

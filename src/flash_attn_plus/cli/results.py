@@ -68,23 +68,24 @@ def plot(path: Path, rows: list[Row], title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    suites = list(dict.fromkeys(r.suite for r in rows))
-    providers = list(dict.fromkeys(r.provider for r in rows if r.status == "ok"))
-    figure = Figure(figsize=(11, 3.2 * len(suites)), layout="constrained")
+    rows = [r for r in rows if r.status == "ok"]
+    suites, providers = list(dict.fromkeys(r.suite for r in rows)), list(dict.fromkeys(r.provider for r in rows))
+    figure = Figure(figsize=(11, 3.2 * max(1, len(suites))), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    axes = figure.subplots(len(suites), squeeze=False)[:, 0]
+    axes: Any = figure.subplots(len(suites), squeeze=False)[:, 0] if suites else []
     for axis, suite in zip(axes, suites, strict=True):
         cases = list(dict.fromkeys(r.case for r in rows if r.suite == suite))
         width = 0.8 / max(1, len(providers))
         for n, provider in enumerate(providers):
-            mine = [r for r in rows if (r.suite, r.provider, r.status) == (suite, provider, "ok")]
+            mine = [r for r in rows if (r.suite, r.provider) == (suite, provider)]
             at = [cases.index(r.case) + (n - (len(providers) - 1) / 2) * width for r in mine]
             axis.bar(at, [r.roofline_percent for r in mine], width, label=provider, color=f"C{n}")
         axis.set_title(suite)
         axis.set_ylabel("% of the roofline")
         axis.set_xticks(range(len(cases)), cases)
-    if providers:
+        axis.set_xlim(-0.5, len(cases) - 0.5)
+    if suites:
         axes[0].legend(fontsize="small", ncols=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

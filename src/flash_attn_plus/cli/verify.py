@@ -205,12 +205,12 @@ def run(arguments: argparse.Namespace) -> int:
 def show(results: list[Result], absent: dict[str, str], where: torch.device, seconds: float) -> None:
     """A line a case, a column a backend with the dtypes that are right, then everything else in words."""
     names = list(dict.fromkeys(r.backend for r in results))
-    cells: dict[str, dict[str, list[str]]] = {}
+    cells: dict[str, dict[str, dict[str, list[str]]]] = {}
     for r in sorted(results, key=lambda r: r.status != "right"):
-        word = r.dtype if r.status == "right" else "-" if r.status == "not served" else f"{r.status.upper()}: {r.dtype}"
-        cells.setdefault(r.case, {}).setdefault(r.backend, []).append(word)
+        status = r.status.upper() if _is_bad(r) else r.status
+        cells.setdefault(r.case, {}).setdefault(r.backend, {}).setdefault(status, []).append(r.dtype)
     order = dict.fromkeys(r.case for r in results)
-    rows = [(case, *(" ".join(cells[case].get(n, ["-"])) for n in names)) for case in order]
+    rows = [(case, *(_cell(cells[case].get(n, {})) for n in names)) for case in order]
     output.say(f"Numerics on {where}, outputs and gradients, against float64: the dtypes that are right")
     output.print_table(("case", *names), rows)
     counts: dict[str, int] = dict.fromkeys(("right", "wrong", "failed", "not served", "not run"), 0)
@@ -222,6 +222,16 @@ def show(results: list[Result], absent: dict[str, str], where: torch.device, sec
             output.say(f"{r.status}: {r.case} ({r.dtype}) by {r.backend}: {r.told}")
     for name, why in absent.items():
         output.say(f"not here: {name}: {why}")
+
+
+def _cell(dtypes: dict[str, list[str]]) -> str:
+    """The dtypes that are right, then those that are not with the word for it; a dash for a case that is not served."""
+    parts = [
+        f"{'' if status == 'right' else status + ': '}{' '.join(names)}"
+        for status, names in dtypes.items()
+        if status != "not served"
+    ]
+    return "; ".join(parts) or "-"
 
 
 def _is_bad(r: Result) -> bool:

@@ -1,9 +1,9 @@
 """Compile ahead what a model will need, in parallel processes, into Triton's cache on disk: then no request waits.
 
-  flash-attn-plus warmup "h=32 hk=8 d=128 dtype=bf16 causal s=1..8192 decode train"
-MODEL words: h hk d dv (heads and head dims), dtype=bf16|fp16|fp32, s=FIRST..LAST (lengths), causal, window=L,R,
-softcap[=X], alibi, dropout[=P], varlen (packed batches), train (backward passes too), decode (one query a sequence on a
-cache of up to LAST keys), page=SIZE (of that cache), deterministic.
+  flash-attn-plus warmup "h=32 hk=8 d=128 causal s=1..8192 decode train"
+MODEL words: h hk d dv (heads and head dims), dtype=bf16|fp16|fp32, s=FIRST..LAST (lengths, 1..8192), b=FIRST..LAST
+(batches, 1..64), causal, window=L,R, softcap[=X], alibi, dropout[=P], varlen (packed batches), train (backward passes
+too), decode (one query a sequence on a cache of up to LAST keys), page=SIZE (of that cache), deterministic.
 Set TRITON_CACHE_DIR, the same as for the program, to put the kernels into an image or onto a shared disk.
 """
 
@@ -39,20 +39,25 @@ def lengths(first: int, last: int) -> list[int]:
     return sorted({first, last} | {n for n in near if first <= n <= last})
 
 
+def sizes(first: int, last: int) -> list[int]:
+    """Batches of a range that stand for all others: how many programs share keys changes by factors of 2."""
+    return sorted({first, last} | {1 << n for n in range(last.bit_length()) if first <= 1 << n <= last})
+
+
 def cases(found: dict[str, Any]) -> Iterator[tuple[Case, bool]]:
     """Every case that the model's words ask for, and whether its backward pass is wanted."""
-    base = Case(**words.shape_of(found) | {"page_size": 0})
+    fewest, batch = found.get("b", (1, 64))
+    base = Case(**words.shape_of(found) | {"page_size": 0, "batch": batch})
     train = bool(found.get("train"))
-    first, last = found.get("s", (1, 8192))
-    batch = found.get("b", 2)
-    for n in lengths(first, last):
-        yield base._replace(batch=batch, seqlen_q=n, seqlen_k=n), train
+    for n in lengths(*found.get("s", (1, 8192))):
+        yield base._replace(seqlen_q=n, seqlen_k=n), train
         if found.get("varlen"):
             packed = (n,) * batch
-            yield base._replace(batch=batch, seqlen_q=n, seqlen_k=n, lengths_q=packed, lengths_k=packed), train
+            yield base._replace(seqlen_q=n, seqlen_k=n, lengths_q=packed, lengths_k=packed), train
         if found.get("decode"):
-            cache = base._replace(batch=batch, seqlen_q=1, seqlen_k=n, used=(n,) * batch, dropout_p=0.0)
-            yield cache._replace(page_size=found.get("page", 0)), False
+            for b in sizes(fewest, batch):
+                cache = base._replace(batch=b, seqlen_q=1, seqlen_k=n, used=(n,) * b, dropout_p=0.0)
+                yield cache._replace(page_size=found.get("page", 0)), False
 
 
 def samples(target: ahead.Target, found: dict[str, Any]) -> Iterator[ahead.Sample]:

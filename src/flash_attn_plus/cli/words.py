@@ -107,7 +107,12 @@ CALL_WORDS: dict[str, Reader] = _SHAPE | {
     "s": read_count, "sq": read_count, "sk": read_count, "seqused": _read_flag, "leftpad": _read_flag,
     "grad": _read_flag, "device": read_device,
 }  # fmt: skip
-MODEL_WORDS: dict[str, Reader] = _SHAPE | {"s": _read_range, "decode": _read_flag, "train": _read_flag}
+MODEL_WORDS: dict[str, Reader] = _SHAPE | {
+    "b": _read_range,
+    "s": _read_range,
+    "decode": _read_flag,
+    "train": _read_flag,
+}
 
 
 def read(text: str, words: Mapping[str, Reader]) -> dict[str, Any]:
