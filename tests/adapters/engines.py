@@ -40,6 +40,11 @@ def check_rows(*tensors: Tensor) -> None:
         assert all(s * x.element_size() % 16 == 0 for n, s in zip(x.shape, x.stride(), strict=True) if n > 1 and s != 1)
 
 
+def check_finite(*tensors: Tensor) -> None:
+    """What kernels need that multiply rows behind the last sequence by weights of 0."""
+    assert all(bool(x.isfinite().all()) for x in tensors)
+
+
 # FlashAttention-2, as PyTorch and the original extension run it.
 
 
@@ -266,6 +271,7 @@ def _fa3_forward(
     assert scale > 0.0
     assert (cp_world_size, cp_rank, sm_margin) == (1, 0, 0)
     assert q.ndim == 3
+    check_finite(k, v)
     sequences = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "seqused_k": seqused_k, "block_table": page_table}
     found, lse = compute(q, k, v, left, 0 if is_causal else right, scale, softcap, **sequences)
     lse = lse.masked_fill(lse.isposinf(), float("-inf"))
@@ -293,6 +299,7 @@ class Fa4:
         window_size_left=None, window_size_right=None, return_lse=False, out=None, lse=None,
     ):  # fmt: skip
         check_rows(q, k, v)
+        check_finite(k, v)
         assert softmax_scale > 0.0
         assert return_lse
         sequences = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}
@@ -307,6 +314,7 @@ class Fa4:
         max_seqlen_q=None, max_seqlen_k=None, deterministic=False, dq=None, dk=None, dv=None, dlse=None,
     ):  # fmt: skip
         check_rows(q, k, v, out, dout)
+        check_finite(q, k, v, out, dout)
         left, right = Fa4._band(causal, window_size_left, window_size_right)
         leaves = [x.detach().float().requires_grad_() for x in (q, k, v)]
         sequences = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}

@@ -71,6 +71,8 @@ class Cudnn(Backend):
             found.append(f"device {problem.device} is not of compute capability 9.0, on which it was checked")
         if problem.left >= 0 or problem.right > 0:
             found.append("window_size: not in PyTorch's operator")
+        if problem.seqlen_q == problem.seqlen_k == 1:
+            found.append("one query of one key: cuDNN refuses it")
         if problem.right == 0 and problem.seqlen_q != problem.seqlen_k:
             found.append(f"causal with {problem.seqlen_q} queries of {problem.seqlen_k} keys: it aligns them otherwise")
         return found

@@ -251,6 +251,7 @@ class Fa2Torch(Fa2):
         max_head_dim=256,
         refused={
             "has_softcap": "softcap: PyTorch's operator has none",
+            "has_alibi": "alibi_slopes: PyTorch builds its copy without them, though its operator has the argument",
             "has_dropout": DROPOUT,
             "has_dlse": HAS_DLSE,
             "page_size": "paged keys: not in the operator of every PyTorch",
@@ -270,7 +271,6 @@ class Fa2Torch(Fa2):
             return found
         wanted = {
             "window_size_left": problem.left >= 0 or problem.right > 0,
-            "alibi_slopes": problem.has_alibi,
             "seqused_k": problem.has_seqused_k,
         }
         has = _arguments(TORCH.value[problem.is_backward])
@@ -280,10 +280,21 @@ class Fa2Torch(Fa2):
 
     def call_forward(self, c: Fa2Call, x: AttentionInputs, out: Tensor | None) -> tuple[Tensor, Tensor]:
         """See Fa2.call_forward."""
-        options = {"seqused_k": x.seqused_k, "alibi_slopes": x.alibi_slopes} | _window_options(c)
-        options = {name: value for name, value in options.items() if value is not None}
+        options: dict[str, Any] = {"seqused_k": x.seqused_k} if x.seqused_k is not None else {}
         found = TORCH.value[0](
-            c.q, c.k, c.v, c.cu_q, c.cu_k, c.max_q, c.max_k, 0.0, c.is_causal, False, scale=c.scale, **options
+            c.q,
+            c.k,
+            c.v,
+            c.cu_q,
+            c.cu_k,
+            c.max_q,
+            c.max_k,
+            0.0,
+            c.is_causal,
+            False,
+            scale=c.scale,
+            **options,
+            **_window_options(c),
         )
         return found[0], found[1]
 

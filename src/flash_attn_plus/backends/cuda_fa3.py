@@ -24,6 +24,7 @@ from flash_attn_plus.backends.foreign import (
     store_statistics,
     target_of,
     with_positive_scale,
+    without_trailing,
 )
 from flash_attn_plus.problem import AttentionInputs, AttentionProblem
 
@@ -77,7 +78,11 @@ def arguments(schema: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 class Fa3(Backend):
-    """Forward passes on Hopper, dense, packed and against caches, with windows and softcap."""
+    """Forward passes on Hopper, dense and packed, with windows and softcap.
+
+    Its kernels multiply values of keys that are not there by weights of 0, which spoils rows where those are NaN.
+    Therefore packed keys are copied without what follows the last sequence, and caches are left to other engines.
+    """
 
     name = "fa3"
     capability = Capability(
@@ -87,6 +92,8 @@ class Fa3(Backend):
             "is_backward": "gradients: no library of FlashAttention-3 with a backward pass was checked",
             "has_alibi": "alibi_slopes: FlashAttention-3 has none",
             "has_dropout": "dropout: FlashAttention-3 has none",
+            "page_size": "paged keys: NaN in a page's unused part would reach the output",
+            "has_seqused_k": "seqused_k: NaN in the unused part of a cache would reach the output",
             "has_leftpad_k": "leftpad_k: not checked",
         },
     )
@@ -102,10 +109,6 @@ class Fa3(Backend):
             found.append(f"device {problem.device} is not of compute capability 9.0")
         if problem.head_dim_v != problem.head_dim:
             found.append(f"head_dim_v {problem.head_dim_v} is not head_dim {problem.head_dim}")
-        if problem.page_size and problem.head_dim % 8:
-            found.append(f"head_dim {problem.head_dim} of a paged cache would have to be padded by copying it")
-        if problem.has_seqused_k and problem.is_varlen_k:
-            found.append("seqused_k beside cu_seqlens_k: not checked")
         missing = None if found else self.unavailable()
         return [missing] if missing else found
 
@@ -115,28 +118,20 @@ class Fa3(Backend):
         q, scale, _ = with_positive_scale(x.q, x.softmax_scale)
         q, k, v = (padded(t, dim) for t in (q, x.k, x.v))
         with on(p.device):
-            given: dict[str, Any] = {"softmax_scale": scale, "softcap": x.softcap}
-            given |= {"q": q.reshape(-1, *q.shape[2:]) if q.ndim == 4 else q, "k": k, "v": v}
-            given |= {"is_causal": p.left < 0 and p.right == 0, "page_table": x.block_table}
-            given |= {"window_size_left": p.left, "window_size_right": p.right}
-            given |= {"cu_seqlens_q": x.cu_seqlens_q, "max_seqlen_q": p.seqlen_q, "max_seqlen_k": p.seqlen_k}
-            if x.cu_seqlens_q is None:
-                given["cu_seqlens_q"] = even_starts(p.batch, p.seqlen_q, q.device)
-            given |= self._keys(p, x, k, v)
-            given["out"] = target_of(out, given["q"])
+            k, v = (without_trailing(t, x.cu_seqlens_k) for t in (k, v))
+            q, k, v = (t.reshape(-1, *t.shape[-2:]) for t in (q, k, v))
+            cu_q, cu_k = x.cu_seqlens_q, x.cu_seqlens_k
+            given = {
+                "q": q, "k": k, "v": v, "softmax_scale": scale, "softcap": x.softcap, "out": target_of(out, q),
+                "cu_seqlens_q": even_starts(p.batch, p.seqlen_q, q.device) if cu_q is None else cu_q,
+                "cu_seqlens_k": even_starts(p.batch, p.seqlen_k, q.device) if cu_k is None else cu_k,
+                "max_seqlen_q": p.seqlen_q, "max_seqlen_k": p.seqlen_k, "is_causal": p.left < 0 and p.right == 0,
+                "window_size_left": p.left, "window_size_right": p.right,
+            }  # fmt: skip
             result, statistics, *_ = PROBE.value(**arguments(PROBE.value._schema, given))
             store_out(out, result)
             store_statistics(lse, statistics)
             lse.masked_fill_(lse == float("-inf"), float("inf"))  # rows without keys
-
-    def _keys(self, p: AttentionProblem, x: AttentionInputs, k: Tensor, v: Tensor) -> dict[str, Any]:
-        """The arguments that give the keys: packed, or a cache or pages with the lengths in use."""
-        if p.page_size or p.has_seqused_k:
-            return {"seqused_k": x.seqused_k if x.seqused_k is not None else x.cu_seqlens_k.diff()}
-        if p.is_varlen_k:
-            return {"cu_seqlens_k": x.cu_seqlens_k}
-        k, v = (t.reshape(-1, *t.shape[2:]) for t in (k, v))
-        return {"k": k, "v": v, "cu_seqlens_k": even_starts(p.batch, p.seqlen_k, k.device)}
 
     def backward(self, problem, inputs, dout, out, lse, dlse, dq, dk, dv, delta) -> None:
         """Never asked for: `reasons` refuses every backward problem."""

@@ -19,6 +19,7 @@ from flash_attn_plus.backends.foreign import (
     store_gradients,
     store_out,
     with_positive_scale,
+    without_trailing,
 )
 from flash_attn_plus.problem import AttentionInputs, AttentionProblem
 
@@ -32,14 +33,15 @@ _SHARED = {
     "cu_seqlens_q",
     "cu_seqlens_k",
 }
-_SHARED |= {"max_seqlen_q", "max_seqlen_k", "seqused_k"}
+_SHARED |= {"max_seqlen_q", "max_seqlen_k"}
+# What was held to the oracle on an H200; every other combination is compiled anew, so it is refused.
+_HEAD_DIMS = (64, 128, 256)
 
 
 def _load() -> Any:
     require_version("flash-attn-4", metadata.version("flash-attn-4"), OLDEST, BELOW)
     module = importlib.import_module("flash_attn.cute.interface")
-    needed = {module._flash_attn_fwd: {"return_lse"}, module._flash_attn_bwd: {"dlse", "deterministic"}}
-    for function, own in needed.items():
+    for function, own in ((module._flash_attn_fwd, {"return_lse"}), (module._flash_attn_bwd, set())):
         missing = (_SHARED | own) - inspect.signature(function).parameters.keys()
         if missing:
             raise RuntimeError(f"{function.__name__} has another interface, without {', '.join(sorted(missing))}")
@@ -54,7 +56,7 @@ def _options(p: AttentionProblem, x: AttentionInputs, scale: float) -> dict[str,
     return {
         "softmax_scale": scale,
         "causal": is_causal,
-        "softcap": x.softcap,
+        "softcap": 0.0,
         "window_size_left": p.left if p.left >= 0 else None,
         "window_size_right": p.right if p.right >= 0 and not is_causal else None,
         "cu_seqlens_q": x.cu_seqlens_q,
@@ -65,16 +67,23 @@ def _options(p: AttentionProblem, x: AttentionInputs, scale: float) -> dict[str,
 
 
 class Fa4(Backend):
-    """Forward and backward on Hopper, dense and packed, with windows and softcap."""
+    """Forward and backward on Hopper, dense and packed, with windows.
+
+    Like FlashAttention-3's, its kernels multiply what follows the last sequence by 0, so packed tensors are copied
+    without that.
+    """
 
     name = "fa4"
     capability = Capability(
-        dtypes=frozenset({torch.float16, torch.bfloat16}),
+        dtypes=frozenset({torch.bfloat16}),
         max_head_dim=256,
         refused={
+            "has_softcap": "softcap: not checked",
             "has_alibi": "alibi_slopes: FlashAttention-4 has none",
             "has_dropout": "dropout: FlashAttention-4 has none",
+            "has_dlse": "a gradient of the LSE: not checked",
             "page_size": "paged keys: not checked",
+            "has_seqused_k": "seqused_k: NaN in the unused part of a cache would reach the output",
             "has_leftpad_k": "leftpad_k: FlashAttention-4 has none",
             "is_deterministic": "deterministic: not checked",
         },
@@ -91,32 +100,38 @@ class Fa4(Backend):
             found.append(f"device {problem.device} is not of compute capability 9.0, on which it was checked")
         if problem.head_dim_v != problem.head_dim:
             found.append(f"head_dim_v {problem.head_dim_v} is not head_dim {problem.head_dim}")
+        if problem.head_dim not in _HEAD_DIMS:
+            found.append(f"head_dim {problem.head_dim} is not one of {', '.join(map(str, _HEAD_DIMS))}")
+        if problem.heads == problem.heads_k:
+            found.append(f"heads_k {problem.heads_k} is heads: not checked")
+        if (problem.left < 0) != (problem.right < 0) and problem.right != 0:
+            found.append("window_size open on one side: not checked")
         missing = None if found else self.unavailable()
         return [missing] if missing else found
 
     def forward(self, problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:
         """See Backend.forward."""
-        x, dim = inputs, -(-problem.head_dim // 8) * 8
-        q, scale, _ = with_positive_scale(x.q, x.softmax_scale)
-        q, k, v = (padded(t, dim) for t in (q, x.k, x.v))
+        x = inputs
         with on(problem.device):
-            found = PROBE.value._flash_attn_fwd(
-                q, k, v, seqused_k=x.seqused_k, return_lse=True, **_options(problem, x, scale)
-            )
+            q, scale, _ = with_positive_scale(x.q, x.softmax_scale)
+            q, k, v = _operands(problem, (q, x.cu_seqlens_q), (x.k, x.cu_seqlens_k), (x.v, x.cu_seqlens_k))
+            found = PROBE.value._flash_attn_fwd(q, k, v, return_lse=True, **_options(problem, x, scale))
             store_out(out, found[0])
             lse.copy_(found[1])
             lse.masked_fill_(lse == float("-inf"), float("inf"))  # rows without keys
 
     def backward(self, problem, inputs, dout, out, lse, dlse, dq, dk, dv, delta) -> None:
-        """See Backend.backward."""
-        x, dim = inputs, -(-problem.head_dim // 8) * 8
-        q, scale, factor = with_positive_scale(x.q, x.softmax_scale)
-        q, k, v, dout_rows, out_rows = (padded(t, dim) for t in (q, x.k, x.v, dout, out))
+        """See Backend.backward; `dlse` is refused before."""
+        x = inputs
         with on(problem.device):
             fill_delta(dout, out, delta)
-            if dlse is not None:
-                delta -= dlse
-            grads = PROBE.value._flash_attn_bwd(
-                q, k, v, out_rows, dout_rows, lse, dlse=dlse, **_options(problem, x, scale)
-            )
+            q, scale, factor = with_positive_scale(x.q, x.softmax_scale)
+            rows_q = ((t, x.cu_seqlens_q) for t in (q, out, dout))
+            q, out, dout, k, v = _operands(problem, *rows_q, (x.k, x.cu_seqlens_k), (x.v, x.cu_seqlens_k))
+            grads = PROBE.value._flash_attn_bwd(q, k, v, out, dout, lse, **_options(problem, x, scale))
             store_gradients((dq, dk, dv), grads[:3], factor)
+
+
+def _operands(problem: AttentionProblem, *rows: tuple[Tensor, Tensor | None]) -> list[Tensor]:
+    """Each tensor with rows that its loads reach and nothing behind the last of its sequences."""
+    return [without_trailing(padded(x, problem.head_dim), cu_seqlens) for x, cu_seqlens in rows]

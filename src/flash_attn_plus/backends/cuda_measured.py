@@ -1,7 +1,8 @@
 """Calls that another engine runs measurably faster than our own kernels, and by how much.
 
-A row is here when the other engine was more than 3% faster in the same run. Forward passes have no rows: cuDNN plans
-anew for every shape, which costs the calls of a varying length more than the few per cent it gains there.
+A row is here when the other engine was more than 3% faster in the same run, which benchmarks/results/nvidia-h200.json
+records. Forward passes have no rows: cuDNN plans anew for every shape, which costs calls of varying lengths more than
+the few per cent it gains there.
 """
 
 from typing import NamedTuple
@@ -11,42 +12,47 @@ from flash_attn_plus.problem import AttentionProblem
 
 
 class Row(NamedTuple):
-    """One measured family of backward calls: dense, square, without a window."""
+    """One measured family of backward passes: dense, as many queries as keys, without a window."""
 
     capability: int
     ours: str  # the backend of ours that would serve
     engine: str  # of the cuda backend
-    head_dims: range
+    head_dim: int
     is_causal: bool
-    seqlens: range
-    ratio: float  # the smallest of the measured speed-ups
+    shortest: int  # from this many keys on
+    ours_tflops: float  # at the shortest; with more keys the engine gains more than our kernels do
+    engine_tflops: float
     device: str
 
 
-_LONGEST = 1 << 30
 ROWS = (
-    # The portable kernels split head dim 256 into two passes; cuDNN's are written for Hopper.
-    Row(90, "triton", "cudnn", range(248, 257), True, range(2048, _LONGEST), 1.45, "an H200"),
+    # The portable kernels split head dim 256 into two passes over the scores; cuDNN's keep it in one.
+    Row(90, "triton", "cudnn", 256, True, 2048, 203.2, 305.1, "an H200"),
 )
 
 
-def _rows(problem: AttentionProblem, over: str) -> list[Row]:
+def _row(problem: AttentionProblem, over: str) -> Row | None:
     p = problem
     if not p.is_backward or p.left >= 0 or p.right > 0 or p.seqlen_q != p.seqlen_k or p.is_varlen_q or p.is_varlen_k:
-        return []
-    found = [r for r in ROWS if r.ours == over and p.head_dim in r.head_dims and p.seqlen_k in r.seqlens]
-    found = [r for r in found if r.is_causal == (p.right == 0)]
-    return [r for r in found if r.capability == compute_capability(p.device)] if found else []
+        return None
+    kind = (over, p.head_dim, p.right == 0)
+    for row in ROWS:
+        if kind == (row.ours, row.head_dim, row.is_causal) and p.seqlen_k >= row.shortest:
+            return row if compute_capability(p.device) == row.capability else None
+    return None
 
 
 def is_measured(problem: AttentionProblem, over: str) -> bool:
     """Whether some engine was faster here than `over`; asked first, for it loads nothing."""
-    return bool(_rows(problem, over))
+    return _row(problem, over) is not None
 
 
 def advantage(problem: AttentionProblem, over: str, engine: str) -> str | None:
-    """The sentence for `explain`, with the number; None when this engine was not measured to be faster."""
-    for row in _rows(problem, over):
-        if row.engine == engine:
-            return f"yields to cuda, whose {engine} is {row.ratio:.2f} times as fast here, measured on {row.device}"
-    return None
+    """The sentence for `explain`, with the numbers; None when this engine was not measured to be faster."""
+    row = _row(problem, over)
+    if row is None or row.engine != engine:
+        return None
+    return (
+        f"yields to cuda, whose {engine} reached {row.engine_tflops:.0f} TFLOP/s here where {over} reached"
+        f" {row.ours_tflops:.0f}, measured on {row.device}"
+    )

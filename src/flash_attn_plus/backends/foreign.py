@@ -93,6 +93,14 @@ def even_starts(batch: int, length: int, device: torch.device) -> Tensor:
     return torch.arange(0, batch * length + 1, max(length, 1), dtype=torch.int32, device=device)[: batch + 1]
 
 
+def without_trailing(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """A copy with zeros behind the last sequence, for kernels that multiply what lies there by 0; dense x as it is."""
+    if cu_seqlens is None:
+        return x
+    is_covered = torch.arange(x.shape[0], device=x.device) < cu_seqlens[-1]
+    return x.where(is_covered[:, None, None], 0.0)
+
+
 def packed_statistics(x: Tensor, is_packed: bool) -> Tensor:
     """Statistics (b, h, sq) as (h, b * sq); packed ones as they are."""
     return x if is_packed else x.transpose(0, 1).reshape(x.shape[1], -1)
