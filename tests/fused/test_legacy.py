@@ -1,14 +1,8 @@
-"""Older modules: attention with an additive bias, softmax of scores, block-sparse attention."""
+"""Older modules: attention with an additive bias, softmax of scores."""
 
 import pytest
 import torch
 from flash_attn import flash_attn_triton, flash_attn_triton_og
-from flash_attn.flash_blocksparse_attention import FlashBlocksparseAttention, FlashBlocksparseMHA
-from flash_attn.flash_blocksparse_attn_interface import (
-    FlashBlocksparseAttnFun,
-    convert_blockmask,
-    flash_blocksparse_attn_func,
-)
 from flash_attn.fused_softmax import (
     FusedScaleMaskSoftmax,
     scaled_masked_softmax,
@@ -64,27 +58,3 @@ def test_softmax_of_scores(device):
     assert torch.equal(module(scores, None), (scores.float() * 0.5).softmax(-1).bfloat16())
     with pytest.raises(RuntimeError, match="exclude"):
         FusedScaleMaskSoftmax(True, True, "causal", True, None, True, None)
-
-
-def test_block_mask_conversion():
-    mask = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 1, 1]])
-    expected = [[0 + 1, 8 + 1, -1], [4 + 3, 8, -1], [0 + 2, 8 + 2, -1]]
-    converted = convert_blockmask(mask, causal=False)
-    assert converted.dtype == torch.int32
-    assert converted.tolist() == expected
-    with pytest.raises(AssertionError, match="causal"):
-        convert_blockmask(mask, causal=True)
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda: flash_blocksparse_attn_func(None, None, None, 0.0, 1),
-        lambda: FlashBlocksparseAttnFun.apply(None),
-        lambda: FlashBlocksparseAttention(None),
-        lambda: FlashBlocksparseMHA(64, 4, None),
-    ],
-)
-def test_block_sparse_attention_is_refused_with_its_replacement(call):
-    with pytest.raises(NotImplementedError, match="flex_attention"):
-        call()
