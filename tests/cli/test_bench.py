@@ -54,6 +54,40 @@ def test_work_is_what_the_visible_pairs_and_the_tensors_make():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("suite", suites.SUITES)
+def test_every_part_of_a_small_call_is_checked(suite, monkeypatch):
+    monkeypatch.setattr(suites, "_CHECKED_ROWS", 16)
+    tried = suites.Bench(shape(suite), CPU)
+    right = tried.call(providers.sdpa(None))()
+    assert tried.wrong(right) is None
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        at = tuple(int(torch.randint(n, (1,), generator=generator)) for n in right[0].shape)
+        spoilt = right[0].detach().clone()
+        spoilt[at] += 0.1
+        assert "out: error" in tried.wrong((spoilt, *right[1:]))
+
+
+def test_a_long_call_is_checked_at_its_ends(monkeypatch):
+    monkeypatch.setattr(suites, "_CHECKED_ROWS", 8)
+    monkeypatch.setattr(suites, "_CHECKED_SCORES", 1)
+    tried = suites.Bench(shape("prefill"), CPU)
+    (right,) = tried.call(providers.sdpa(None))()
+    for at in ((0, 7, 0, 3), (1, 39, 3, 3)):
+        spoilt = right.clone()
+        spoilt[at] += 0.1
+        assert tried.wrong((spoilt,))
+
+
+def test_too_little_memory_to_check_is_no_verdict(monkeypatch, capsys):
+    def exhausted(*_arguments):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(suites.Bench, "wrong", exhausted)
+    assert main(["bench", "prefill", *SIZES, *BOTH]) == 0
+    assert "not run: SDPA: too little memory to check the result" in capsys.readouterr().out
+
+
 def reversed_heads(q, k, v, causal):
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal, enable_gqa=True)
 

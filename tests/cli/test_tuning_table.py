@@ -49,7 +49,7 @@ def test_the_nearest_measured_length_goes_before_the_built_in_tiles(written):
     "changes",
     [
         {"right": -1}, {"left": 5}, {"head_dim": 64}, {"head_dim_v": 64}, {"has_dropout": True}, {"has_alibi": True},
-        {"has_softcap": True}, {"page_size": 16},
+        {"has_softcap": True}, {"page_size": 16}, {"has_block_mask": True},
     ],
 )  # fmt: skip
 def test_calls_unlike_the_measured_one_keep_the_built_in_tiles(written, monkeypatch, changes):

@@ -10,11 +10,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from flash_attn_plus import InvalidArgument
+from flash_attn_plus import InvalidArgument, device, ops, selection
 from flash_attn_plus.backends.triton_portable import is_interpreted
 from flash_attn_plus.cli import ahead, warmup, words
 from flash_attn_plus.cli.main import main
-from flash_attn_plus.testing import Case
+from flash_attn_plus.testing import Case, make_inputs
 from flash_attn_plus.tuning.config import TileConfig
 
 pytestmark = pytest.mark.skipif(is_interpreted(), reason="kernels are interpreted")
@@ -44,6 +44,34 @@ def test_hopper_gets_the_kernels_of_both_backends():
     assert {"attention_prepare_kernel", "attention_round_dq_kernel"} <= kernels(jobs)  # gluon's
     assert "attention_backward_dq_kernel" in kernels(jobs)  # the portable ones, for short sequences
     assert "attention_prepare_kernel" not in kernels(plan("cuda:80", "h=32 hk=8 d=128 causal s=1..4096 train"))
+
+
+BASE = Case(batch=2, seqlen_q=48, seqlen_k=48, heads=4, heads_k=2, head_dim=32)
+LOOKED_UP = {
+    "causal": BASE._replace(right=0),
+    "odd": BASE._replace(seqlen_q=37, seqlen_k=61, left=9, right=3),
+    "packed": BASE._replace(lengths_q=(48, 5), lengths_k=(16, 48)),
+    "dropout": BASE._replace(dropout_p=0.1, alibi="batch"),
+    "decode": BASE._replace(seqlen_q=1, used=(48, 7)),
+    "paged": BASE._replace(seqlen_q=1, used=(48, 7), page_size=16, heads=6, heads_k=6),
+}
+
+
+@pytest.mark.parametrize("name", LOOKED_UP)
+def test_shapes_without_contents_ask_for_the_kernels_that_real_tensors_ask_for(name):
+    case, target, cpu = LOOKED_UP[name], ahead.known_target("cuda:80"), torch.device("cpu")
+    passes = (False, True) if case.has_backward else (False,)
+    planned = ahead.plan(target, [ahead.Sample("triton", case, torch.float16, p) for p in passes])
+    call, backend, found = make_inputs(case, torch.float16), selection.get("triton"), set()
+    out, lse = ops.allocate_outputs(call.inputs.q, call.inputs.v, case.lengths_q is not None)
+    with ahead.only_compiling(target, lambda *kernel: bool(found.add(kernel))), device.assumed(cpu, target.facts):
+        ahead.forget_launches()
+        backend.forward(call.problem(), call.inputs, out, lse)
+        if case.has_backward:
+            grads = [torch.empty_like(x) for x in call.inputs[:3]]
+            problem = call.problem(is_backward=True)
+            backend.backward(problem, call.inputs, call.dout, out, lse, None, *grads, torch.empty_like(lse))
+    assert found == {(job.kernel, job.key) for job in planned}
 
 
 def test_longer_ranges_need_few_more_kernels():

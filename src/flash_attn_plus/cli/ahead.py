@@ -93,7 +93,8 @@ def present_target(where: torch.device) -> Target:
         )
     from triton.runtime import driver
 
-    target = driver.active.get_current_target()
+    with torch.get_device_module(where).device(where):
+        target = driver.active.get_current_target()
     return Target(f"{target.backend}:{target.arch}", target.warp_size, device.probe(where), where)
 
 

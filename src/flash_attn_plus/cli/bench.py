@@ -48,8 +48,14 @@ def run_one(bench: suites.Bench, name: str, provider: providers.Provider, roof: 
         return Row(*about, "not served", told="it has no such call")
     try:
         with torch.set_grad_enabled(s.suite == "train"), provider.serving():
-            if why := bench.wrong(call()):
+            found = call()
+            try:
+                why = bench.wrong(found)
+            except torch.OutOfMemoryError:
+                return Row(*about, "not run", told="too little memory to check the result; give shorter --lengths")
+            if why:
                 return Row(*about, "wrong", told=why)
+            del found
             ms = measure.milliseconds(call, bench.q.device)
     except NoBackend as error:
         return Row(*about, "not served", told=str(error).partition(" The call:")[0])

@@ -1,7 +1,7 @@
 """What `bench` measures: calls of four kinds, how much work each is, and whether a result is right."""
 
-from collections.abc import Callable
-from itertools import accumulate
+from collections.abc import Callable, Iterator
+from itertools import accumulate, product
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,8 @@ SUITES = {
     "decode": "one token a sequence on a cache that is three quarters full or less",
     "varlen": "forward, causal, packed sequences of unequal lengths",
 }
-_CHECKED_SCORES = 1 << 31  # of a call; beyond it the slices that are checked are spread over the call
+_CHECKED_SCORES = 1 << 31  # of a call; beyond it the parts that are checked are spread over the call
+_CHECKED_ROWS = 1024  # at once: scores in float64 take memory
 _SHARES = (1.0, 0.55, 0.3, 0.8, 0.15, 0.4, 0.05, 0.65)  # of the longest length, in turn
 
 
@@ -57,6 +58,8 @@ def shapes(
     heads_k = sizes.get("heads_k") or (max(1, heads // 4) if not sizes.get("heads") else heads)
     head_dim = sizes.get("head_dim") or (128 if is_large else 64)
     default = [1024, 4096, 16384] if is_large else [512, 2048]
+    if suite == "train" and is_large:
+        default = [1024, 4096, 8192]
     if suite == "decode":
         default = [1024, 8192, 65536] if is_large else [1024, 4096]
     found = []
@@ -65,6 +68,15 @@ def shapes(
         batch = sizes.get("batch") or min(64, many if suite != "varlen" else max(8, many))
         found.append(Shape(suite, batch, length, heads, heads_k, head_dim, dtype))
     return found
+
+
+class Part(NamedTuple):
+    """Queries [start, stop) of one sequence, of the heads that share a head of keys."""
+
+    sequence: int
+    head: int
+    start: int
+    stop: int
 
 
 class Bench:
@@ -125,7 +137,7 @@ class Bench:
     def wrong(self, results: tuple[Tensor, ...]) -> str | None:
         """What is wrong with results, by the rule of flash_attn_plus.testing; None when nothing is.
 
-        Heads of keys of each sequence are checked one by one, as many of them, spread evenly, as is affordable.
+        Parts are checked one by one, as many of them, spread evenly over the call, as is affordable.
         """
         names = ("out", "dq", "dk", "dv")[: len(results)]
         with torch.no_grad():
@@ -134,35 +146,43 @@ class Bench:
                     return f"{name} has shape {tuple(x.shape)}, not {tuple(like.shape)}"
                 if not bool(x.isfinite().all()):
                     return f"{name} holds NaN or infinity"
-        every = [(n, head) for n in range(self.shape.batch) for head in range(self.shape.heads_k)]
-        cost = max(self.shape.lengths) * (1 if self.shape.suite == "decode" else max(self.shape.lengths))
-        count = max(2, _CHECKED_SCORES // (cost * (self.shape.heads // self.shape.heads_k)))
+        every = list(self._parts())
+        rows, group = max(part.stop - part.start for part in every), self.shape.heads // self.shape.heads_k
+        count = max(2, _CHECKED_SCORES // (rows * group * max(self.shape.lengths)))
         step = max(1, -(-len(every) // count))
-        for n, head in dict.fromkeys([*every[::step], every[-1]]):
+        for part in dict.fromkeys([*every[::step], every[-1]]):
             try:
-                self._check(names, results, n, head)
+                self._check(names, results, part)
             except AssertionError as error:
-                return f"sequence {n}, head of keys {head}: {error}"
+                return f"sequence {part.sequence}, head of keys {part.head}: {error}"
         return None
 
-    def _check(self, names: tuple[str, ...], results: tuple[Tensor, ...], n: int, head: int) -> None:
-        """Hold one head of keys of one sequence, with its heads of queries, to the rule."""
+    def _parts(self) -> Iterator[Part]:
+        """What can be checked alone: some queries of one head of keys; all of them where there are gradients."""
         s = self.shape
+        for n, head in product(range(s.batch), range(s.heads_k)):
+            length = 1 if s.suite == "decode" else s.lengths[n]
+            rows = length if s.suite == "train" else _CHECKED_ROWS
+            for start in range(0, length, rows):
+                yield Part(n, head, start, min(length, start + rows))
+
+    def _check(self, names: tuple[str, ...], results: tuple[Tensor, ...], p: Part) -> None:
+        """Hold a part, with the keys that its queries see, to the rule."""
+        s, n = self.shape, p.sequence
         group = s.heads // s.heads_k
-        queries, keys = slice(head * group, (head + 1) * group), slice(head, head + 1)
+        queries, keys = slice(p.head * group, (p.head + 1) * group), slice(p.head, p.head + 1)
+        rows_q, rows_k = slice(p.start, p.stop), slice(0, s.lengths[n] if s.suite == "decode" else p.stop)
 
-        def part(x: Tensor, heads: slice, length: int) -> Tensor:
-            if s.suite == "varlen":
-                return x.detach()[self._starts[n] : self._starts[n + 1], heads][None]
-            return x.detach()[n : n + 1, :length, heads]
+        def part(x: Tensor, heads: slice, rows: slice) -> Tensor:
+            x = x.detach()
+            return (x[self._starts[n] :][None] if s.suite == "varlen" else x[n : n + 1])[:, rows, heads]
 
-        length_q, length_k = 1 if s.suite == "decode" else s.lengths[n], s.lengths[n]
-        q, dout = (part(x, queries, length_q) for x in (self.q, self.dout))
-        k, v = (part(x, keys, length_k) for x in (self.k, self.v))
+        q, dout = (part(x, queries, rows_q) for x in (self.q, self.dout))
+        k, v = (part(x, keys, rows_k) for x in (self.k, self.v))
         right = -1 if s.suite == "decode" else 0
         call = Call(AttentionInputs(q, k, v, s.head_dim**-0.5), dout, torch.zeros(0), -1, right, 0, 0)
         options = {"with_gradients": len(names) > 1}
         reference, eager = (run_reference(call, dtype, **options) for dtype in (torch.float64, s.dtype))
         for name, x in zip(names, results, strict=True):
-            heads, length = (queries, length_q) if name in ("out", "dq") else (keys, length_k)
-            assert_close(name, part(x, heads, length), reference[name], eager[name])
+            mine = part(x, queries, rows_q) if name in ("out", "dq") else part(x, keys, rows_k)
+            assert_close(name, mine, reference[name], eager[name])

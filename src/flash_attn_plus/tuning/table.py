@@ -140,7 +140,7 @@ def load(path: str) -> dict[Key, tuple[Entry, ...]]:
 
 def lookup(path: str, kernel: str, p: AttentionProblem, family: str) -> TileConfig | None:
     """The measured tiles for a problem, or None when the table has none."""
-    if any(getattr(p, name, False) for name in _UNLIKE):
+    if any(getattr(p, name) for name in _UNLIKE):
         return None
     entries = load(path).get(key_of(kernel, p, family), ())
     wanted = math.log2(max(1, p.seqlen_k))
