@@ -40,6 +40,7 @@ class Verdict(NamedTuple):
     name: str
     reasons: tuple[str, ...]
     is_chosen: bool
+    engine: str = ""  # which of the backend's engines would run the call, where it has several
 
 
 class Explanation(tuple[Verdict, ...]):
@@ -49,7 +50,8 @@ class Explanation(tuple[Verdict, ...]):
         width = max(len(v.name) for v in self)
         lines = []
         for v in self:
-            text = "; ".join(v.reasons) or ("ok  <- chosen" if v.is_chosen else "ok")
+            engine = f" ({v.engine})" if v.engine else ""
+            text = "; ".join(v.reasons) or f"ok{engine}" + ("  <- chosen" if v.is_chosen else "")
             lines.append(f"{v.name:<{width}}  {text}")
         return "\n".join(lines)
 
@@ -171,4 +173,5 @@ def explain_problem(problem: AttentionProblem) -> Explanation:
         if faster:
             found[chosen] = [faster[1]]
             chosen = faster[0]
-    return Explanation(Verdict(name, tuple(reasons), name == chosen) for name, reasons in found.items())
+    engines = {name: "" if reasons else get(name).engine_name(problem) for name, reasons in found.items()}
+    return Explanation(Verdict(n, tuple(reasons), n == chosen, engines[n]) for n, reasons in found.items())

@@ -180,6 +180,18 @@ def test_fa3_absent_or_with_another_interface(fresh):
         assert failure is None if word is None else word in failure
 
 
+def test_fa3_library_without_its_operator(fresh):
+    fresh.setenv(env.CUDA_LIBRARIES, "/elsewhere/libfa3.so")
+    fresh.setattr(torch.ops, "load_library", lambda path: None)
+    assert "libfa3.so registers no operator of FlashAttention-3" in cuda_fa3.PROBE.failure
+
+
+def test_torchs_operator_with_other_kernels_behind_it_is_refused(fresh, installed):
+    assert cuda_fa2.Fa2Torch().reasons(PLAIN) == []
+    fresh.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: "FA4", raising=False)
+    assert "PyTorch's operator runs FA4" in cuda_fa2.Fa2Torch().reasons(PLAIN)[0]
+
+
 def test_fa3_arguments_follow_the_schema_of_each_release():
     schema = torch._C.parse_schema(FA3_SCHEMA)
     given = cuda_fa3.arguments(schema, {"q": 1, "k": 2, "v": 3, "softmax_scale": 0.5, "max_seqlen_q": None})

@@ -107,6 +107,10 @@ def test_both_libraries_absent_leaves_our_kernels_with_both_reasons(installed, m
         ((), {}, "fa3"),
         ((), {"is_backward": True, "heads_k": 4}, "fa4"),
         ((), {"is_backward": True}, "cudnn"),
+        ((), {"is_backward": True, "heads_k": 4, "head_dim": 96, "head_dim_v": 96}, "cudnn"),
+        ((), {"is_backward": True, "heads_k": 4, "right": -1, "left": 9}, "fa2"),
+        ((), {"is_backward": True, "heads_k": 4, "right": 3, "left": 9, "is_varlen_q": True}, "fa2"),
+        ((), {"is_backward": True, "heads_k": 4, "right": 3, "left": 9}, "fa4"),
         ((), {"seqlen_q": 512, "seqlen_k": 512, "is_backward": True}, "cudnn"),
         (("fa3", "fa4"), {}, "cudnn"),
         (("fa3", "fa4"), {"left": 100}, "fa2"),
@@ -133,6 +137,8 @@ def test_a_measured_advantage_puts_cuda_first_and_shows_the_number(installed):
             first = name
             break
     told = explain(problem)
+    for change in ({"heads_k": 4}, {"seqlen_q": 4000}, {"seqlen_q": 512, "seqlen_k": 512}, {"right": -1}):
+        assert selection.get("cuda").leads(problem._replace(**change), "triton") is None
     if first == "triton":
         assert chosen(problem) == "cuda"
         assert "cudnn reached 305 TFLOP/s here where triton reached 203" in reasons(problem, "triton")

@@ -66,7 +66,7 @@ def test_every_case_that_is_served(name, case, dtype):
     check(name, case, dtype)
 
 
-@pytest.mark.parametrize("head_dim", [16, 32, 72, 96, 128, 160, 192, 224, 256])
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 72, 96, 128, 160, 192, 224, 256])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", INSTALLED)
 def test_each_head_dim(name, kind, head_dim):

@@ -24,7 +24,13 @@ def features() -> dict[str, Case]:
     """Every tested case, and limits of the head dim, by name; medium size, whatever runs."""
     found = dense("medium") | varlen("medium") | cache("medium") | large_logits("medium") | crossed("medium")
     square = dense("medium")[f"head_dim_{HEAD_DIMS[0]}"]
-    return found | {f"head_dim_{d}": square._replace(head_dim=d) for d in (384, 512)}
+    found |= {f"head_dim_{d}": square._replace(head_dim=d) for d in (384, 512)}
+    long = Case(batch=2, seqlen_q=643, seqlen_k=1037, heads=6, heads_k=2)
+    masks = {"full": {}, "causal": {"right": 0}, "window": {"left": 200, "right": 30}}
+    masks["varlen_causal"] = {"right": 0, "lengths_q": (600, 1, 0, 300), "lengths_k": (700, 9, 5, 200)}
+    for d in (64, 128, 256):
+        found |= {f"long_{name}_{d}": long._replace(head_dim=d, **mask) for name, mask in masks.items()}
+    return found
 
 
 def engines() -> dict[str, Backend]:

@@ -150,6 +150,9 @@ class Stub:
     def dormant(self):
         return self._answers[4]
 
+    def engine_name(self, problem):
+        return "an engine" if self.name == "cuda" else ""
+
 
 @pytest.fixture
 def stubs(monkeypatch):
@@ -170,7 +173,7 @@ def on_gpu():
 def test_a_backend_may_yield_unless_asked_for_by_name(stubs):
     stubs(gluon=Stub("gluon", yields="too small"), triton=Stub("triton"))
     assert selection.choose(on_gpu()).name == "triton"
-    assert ("gluon", ("too small",), False) in explain(on_gpu())
+    assert ("gluon", ("too small",), False, "") in explain(on_gpu())
     with use_backend("gluon"):
         assert selection.choose(on_gpu()).name == "gluon"
 
@@ -187,8 +190,9 @@ def test_a_measurably_faster_backend_goes_first_and_says_by_how_much(stubs, monk
     stubs(triton=Stub("triton"), cuda=Stub("cuda", leads="yields to cuda, 1.50 times as fast"))
     assert selection.choose(on_gpu()).name == "cuda"
     told = explain(on_gpu())
-    assert ("triton", ("yields to cuda, 1.50 times as fast",), False) in told
-    assert ("cuda", (), True) in told
+    assert told[1] == ("triton", ("yields to cuda, 1.50 times as fast",), False, "")
+    assert told[2] == ("cuda", (), True, "an engine")
+    assert "cuda      ok (an engine)  <- chosen" in str(told)
     with use_backend("triton"):
         assert selection.choose(on_gpu()).name == "triton"
     monkeypatch.setenv(env.USE_FLAGGEMS, "TRUE")
@@ -206,7 +210,7 @@ def test_a_dormant_backend_is_told_of_without_being_asked(stubs, monkeypatch):
     sleeper = Stub("flaggems", dormant="asleep")
     monkeypatch.setattr(sleeper, "reasons", None)
     stubs(flaggems=sleeper, triton=Stub("triton"))
-    assert ("flaggems", ("asleep",), False) in explain(on_gpu())
+    assert ("flaggems", ("asleep",), False, "") in explain(on_gpu())
 
 
 def test_what_a_wish_could_not_have_is_said_once_for_each_reason(stubs, monkeypatch):

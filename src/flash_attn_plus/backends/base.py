@@ -61,6 +61,10 @@ class Backend(ABC):
         """Why the next backend should rather serve what this one can; asked when none is asked for by name."""
         return None
 
+    def engine_name(self, problem: AttentionProblem) -> str:
+        """Which of several engines inside the backend would run the call; empty where it has one."""
+        return ""
+
     def leads(self, problem: AttentionProblem, over: str) -> str | None:
         """Why this backend should go before `over`, which serves the problem too, with the measured number."""
         return None

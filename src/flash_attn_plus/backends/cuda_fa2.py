@@ -11,6 +11,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.attention
 from torch import Tensor
 
 from flash_attn_plus import env
@@ -238,6 +239,12 @@ def _load_torch() -> Any:
 TORCH = Probe("PyTorch's FlashAttention-2", _load_torch, "install a CUDA build of PyTorch 2.7 or later")
 
 
+def _replacement() -> str | None:
+    """The kernels that someone put behind PyTorch's operators, whose results differ for rows without keys."""
+    ask = getattr(torch.nn.attention, "current_flash_attention_impl", None)
+    return ask() if ask else None
+
+
 def _arguments(operator: Any) -> frozenset[str]:
     return frozenset(a.name for a in operator._schema.arguments)
 
@@ -269,6 +276,8 @@ class Fa2Torch(Fa2):
         found = super().reasons(problem) or self.common_reasons(problem)
         if found:
             return found
+        if _replacement():
+            return [f"PyTorch's operator runs {_replacement()}; call torch.nn.attention.restore_flash_attention_impl()"]
         wanted = {
             "window_size_left": problem.left >= 0 or problem.right > 0,
             "seqused_k": problem.has_seqused_k,

@@ -49,15 +49,17 @@ def _load() -> Any:
     for path in env.cuda_libraries():
         if "fa3" in os.path.basename(path) or "flash_attn_3" in path:
             torch.ops.load_library(path)
-            namespaces = [n for n in _MODULES.values() if hasattr(getattr(torch.ops, n), "fwd")]
+            namespace = next((n for n in _MODULES.values() if hasattr(getattr(torch.ops, n), "fwd")), None)
+            if namespace is None:
+                raise RuntimeError(f"{os.path.basename(path)} registers no operator of FlashAttention-3")
             break
     else:
         modules = [m for m in _MODULES if _is_installed(m)]
         if not modules:
             raise ImportError("neither flash_attn_3 nor vLLM is installed")
         importlib.import_module(modules[0])
-        namespaces = [_MODULES[modules[0]]]
-    operator = getattr(torch.ops, namespaces[0]).fwd.default
+        namespace = _MODULES[modules[0]]
+    operator = getattr(torch.ops, namespace).fwd.default
     missing = _NEEDED - {a.name for a in operator._schema.arguments}
     if missing:
         raise RuntimeError(f"its operator has another interface, without {', '.join(sorted(missing))}")

@@ -24,18 +24,13 @@ from flash_attn_plus.backends.foreign import (
 from flash_attn_plus.problem import AttentionInputs, AttentionProblem
 
 OLDEST, BELOW = (4, 0), (4, 1)
-_SHARED = {
-    "softmax_scale",
-    "causal",
-    "softcap",
-    "window_size_left",
-    "window_size_right",
-    "cu_seqlens_q",
-    "cu_seqlens_k",
-}
-_SHARED |= {"max_seqlen_q", "max_seqlen_k"}
+_SHARED = frozenset({
+    "softmax_scale", "causal", "softcap", "window_size_left", "window_size_right", "cu_seqlens_q", "cu_seqlens_k",
+    "max_seqlen_q", "max_seqlen_k",
+})  # fmt: skip
 # What was held to the oracle on an H200; every other combination is compiled anew, so it is refused.
 _HEAD_DIMS = (64, 128, 256)
+_SHORTEST = 256
 
 
 def _load() -> Any:
@@ -106,6 +101,10 @@ class Fa4(Backend):
             found.append(f"heads_k {problem.heads_k} is heads: not checked")
         if (problem.left < 0) != (problem.right < 0) and problem.right != 0:
             found.append("window_size open on one side: not checked")
+        if problem.is_varlen_q != problem.is_varlen_k:
+            found.append("packed queries beside dense keys, or the reverse: not checked")
+        if min(problem.seqlen_q, problem.seqlen_k) < _SHORTEST:
+            found.append(f"fewer than {_SHORTEST} queries or keys: not checked")
         missing = None if found else self.unavailable()
         return [missing] if missing else found
 

@@ -12,7 +12,7 @@ from flash_attn_plus.problem import AttentionProblem
 
 
 class Row(NamedTuple):
-    """One measured family of backward passes: dense, as many queries as keys, without a window."""
+    """One measured family of backward passes: dense, as many queries and heads as keys have, without a window."""
 
     capability: int
     ours: str  # the backend of ours that would serve
@@ -33,7 +33,8 @@ ROWS = (
 
 def _row(problem: AttentionProblem, over: str) -> Row | None:
     p = problem
-    if not p.is_backward or p.left >= 0 or p.right > 0 or p.seqlen_q != p.seqlen_k or p.is_varlen_q or p.is_varlen_k:
+    is_square = p.seqlen_q == p.seqlen_k and p.heads == p.heads_k and not (p.is_varlen_q or p.is_varlen_k)
+    if not (p.is_backward and is_square) or p.left >= 0 or p.right > 0:
         return None
     kind = (over, p.head_dim, p.right == 0)
     for row in ROWS:

@@ -74,6 +74,11 @@ class CudaOriginal(Backend):
         chosen, reasons = judge(problem)
         return [] if chosen else list(reasons)
 
+    def engine_name(self, problem: AttentionProblem) -> str:
+        """See Backend.engine_name."""
+        chosen, _ = judge(problem)
+        return chosen.name if chosen else ""
+
     def leads(self, problem: AttentionProblem, over: str) -> str | None:
         """See Backend.leads: by the table of measured calls, for the engine that would serve this one."""
         if not cuda_measured.is_measured(problem, over) or self.reasons(problem):
