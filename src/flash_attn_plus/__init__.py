@@ -3,6 +3,7 @@
 from flash_attn_plus.block_sparse import block_mask_of_lists, block_sparse_attention
 from flash_attn_plus.errors import InvalidArgument, NoBackend
 from flash_attn_plus.functional import attention, explain
+from flash_attn_plus.kvcache import attention_with_kvcache
 from flash_attn_plus.problem import AttentionProblem
 from flash_attn_plus.selection import use_backend
 
@@ -12,6 +13,7 @@ __all__ = [
     "InvalidArgument",
     "NoBackend",
     "attention",
+    "attention_with_kvcache",
     "block_mask_of_lists",
     "block_sparse_attention",
     "explain",

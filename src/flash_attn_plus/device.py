@@ -47,6 +47,11 @@ def assumed(device: torch.device, facts: Device) -> Iterator[None]:
         probe.cache_clear()
 
 
+def reads_e4m3(device: torch.device) -> bool:
+    """Whether Triton's kernels can read float8_e4m3fn there."""
+    return probe(device).family in {"cuda89", "cuda90", "cuda100", "cuda120", "interpreter"}
+
+
 @cache
 def probe(device: torch.device) -> Device:
     """The facts of a torch device."""

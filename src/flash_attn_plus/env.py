@@ -5,6 +5,7 @@ import os
 USE_FLAGGEMS = "FLASH_ATTENTION_USE_FLAGGEMS"  # TRUE: FlagGems, then ours; FALSE: the original CUDA kernels, then ours
 BACKEND = "FLASH_ATTENTION_BACKEND"  # one backend by name; a call it cannot serve raises
 FP32_PRECISION = "FLASH_ATTENTION_FP32_PRECISION"  # ieee (default), tf32x3 or tf32: products of float32 inputs
+BATCH_INVARIANT = "FLASH_ATTENTION_BATCH_INVARIANT"  # 1: a sequence's result does not depend on the batch around it
 DEBUG = "FLASH_ATTENTION_DEBUG"  # 1: check values that live on the device (lengths, page ids); costs a sync
 TUNING_TABLE = (
     "FLASH_ATTENTION_TUNING_TABLE"  # a file of tiles measured by `flash-attn-plus tune`; unset: built-in ones
@@ -43,6 +44,11 @@ def debug() -> bool:
     return bool(_boolean(DEBUG))
 
 
+def batch_invariant() -> bool:
+    """Whether a sequence's result must be bitwise the same in any batch."""
+    return bool(_boolean(BATCH_INVARIANT))
+
+
 def fp32_precision() -> str:
     """How float32 tiles are multiplied: "ieee", "tf32x3" or "tf32"."""
     raw = os.environ.get(FP32_PRECISION)
@@ -63,7 +69,7 @@ def cuda_libraries() -> tuple[str, ...]:
     return tuple(filter(None, os.environ.get(CUDA_LIBRARIES, "").split(os.pathsep)))
 
 
-_NAMES = tuple(n.encode() for n in (USE_FLAGGEMS, BACKEND, FP32_PRECISION, DEBUG, TUNING_TABLE))
+_NAMES = tuple(n.encode() for n in (USE_FLAGGEMS, BACKEND, FP32_PRECISION, DEBUG, TUNING_TABLE, BATCH_INVARIANT))
 
 
 def snapshot() -> tuple[bytes | str | None, ...]:
@@ -74,5 +80,5 @@ def snapshot() -> tuple[bytes | str | None, ...]:
     raw = getattr(os.environ, "_data", None)
     if raw is None or os.name == "nt":
         return tuple(os.environ.get(n.decode()) for n in _NAMES)
-    a, b, c, d, e = _NAMES
-    return (raw.get(a), raw.get(b), raw.get(c), raw.get(d), raw.get(e))
+    a, b, c, d, e, f = _NAMES
+    return (raw.get(a), raw.get(b), raw.get(c), raw.get(d), raw.get(e), raw.get(f))

@@ -1,6 +1,7 @@
 """The engine's operators: schemas, fakes, the allocation of every output, and the call into a backend."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -59,6 +60,16 @@ def run_forward(problem: AttentionProblem, inputs: AttentionInputs, out: Tensor,
         lse.fill_(float("inf"))
         return
     choose(problem, inputs).forward(problem, inputs, out, lse)
+
+
+def plan_forward(inputs: AttentionInputs, left: int, right: int, num_splits: int = 0) -> Callable[..., None]:
+    """What fills (out, lse) for checked inputs over a cache, and for others of the same shapes, strides and numbers."""
+    problem = describe(inputs, 0, 0, left, right)._replace(
+        num_splits=num_splits, cache_dtype=None if inputs.k.dtype == inputs.q.dtype else inputs.k.dtype
+    )
+    if _is_empty(problem) or inputs.q.numel() == 0:
+        return partial(run_forward, problem)
+    return choose(problem, inputs).plan_forward(problem, inputs)
 
 
 def run_backward(

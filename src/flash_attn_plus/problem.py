@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flash_attn_plus import env
+
 MAX_HEAD_DIM = 512
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -38,8 +40,11 @@ class AttentionProblem(NamedTuple):
     has_leftpad_k: bool = False
     is_backward: bool = False
     is_deterministic: bool = False
-    has_dlse: bool = False  # backward: a gradient of the LSE arrives too
+    num_splits: int = 0  # programs that share the keys of a sequence; 0: as many as fill the device
+    cache_dtype: torch.dtype | None = None  # of k and v where it differs from q's
+    is_batch_invariant: bool = False  # a sequence's result must not depend on the batch around it
     has_block_mask: bool = False
+    has_dlse: bool = False  # backward: a gradient of the LSE arrives too
 
 
 class AttentionInputs(NamedTuple):
@@ -64,6 +69,8 @@ class AttentionInputs(NamedTuple):
     block_table: Tensor | None = None
     alibi_slopes: Tensor | None = None
     rng_state: Tensor | None = None
+    k_descale: Tensor | None = None
+    v_descale: Tensor | None = None
     block_mask: Tensor | None = None
     block_size: tuple[int, int] = (0, 0)  # queries and keys of a block of block_mask
 
@@ -120,6 +127,7 @@ def describe(
         x.leftpad_k is not None,
         is_backward,
         is_deterministic,
-        has_dlse=has_dlse,
         has_block_mask=x.block_mask is not None,
+        has_dlse=has_dlse,
+        is_batch_invariant=env.batch_invariant(),
     )

@@ -133,6 +133,14 @@ def sequence_reference(
     return out.masked_fill(~has_key[..., None], 0.0), lse.masked_fill(~has_key, float("inf"))
 
 
+def _descaled(x: Tensor, descale: Tensor | None, n: int) -> Tensor:
+    """(s, hk, d) of sequence n times its factor."""
+    if descale is None:
+        return x
+    factor = descale[n] if descale.ndim == 2 else descale
+    return x * factor.to(x.dtype).reshape(-1, 1)
+
+
 def attention_reference(
     q: Tensor,
     k: Tensor,
@@ -150,6 +158,8 @@ def attention_reference(
     block_table: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     rng_state: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     block_mask: Tensor | None = None,
     block_size: tuple[int, int] = (0, 0),
     dtype: torch.dtype = torch.float64,
@@ -161,6 +171,7 @@ def attention_reference(
         q, k, v: as for `AttentionInputs`: dense (b, s, h, d), packed (total, h, d) with cu_seqlens, or paged keys.
         left, right: visible keys beside the diagonal; -1 is unbounded; causal is right = 0.
         rng_state: int64 (2,), seed and offset of the dropout bits; needed when dropout_p > 0.
+        k_descale, v_descale: (), (hk,) or (b, hk), what the keys and values of 8-bit caches are multiplied with.
         block_mask: bool (1 or b, 1 or h, query blocks, key blocks): which blocks of block_size scores are visible.
         dtype: float64 for the oracle, the inputs' dtype for plain PyTorch in the same precision.
         is_two_pass: take gradients by the formula of `TwoPass` instead of autograd's.
@@ -187,20 +198,16 @@ def attention_reference(
         shown = None
         if block_mask is not None:
             shown = shown_by_blocks(block_mask[n % len(block_mask)], block_size, len(q_n), len(k_n))
-        out, lse = sequence_reference(
-            q_n.to(dtype).transpose(0, 1),
-            k_n.to(dtype).transpose(0, 1).repeat_interleave(group, 0),
-            v_n.to(dtype).transpose(0, 1).repeat_interleave(group, 0),
-            softmax_scale=scale,
-            left=left,
-            right=right,
-            softcap=softcap,
-            slopes=alibi_slopes[n] if alibi_slopes is not None and alibi_slopes.ndim == 2 else alibi_slopes,
-            keep=_kept(n, heads, len(q_n), len(k_n), rng_state, dropout_p),
-            shown=shown,
-            dropout_p=dropout_p,
-            is_two_pass=is_two_pass,
+        keys, values = (
+            _descaled(x.to(dtype), factor, n).transpose(0, 1).repeat_interleave(group, 0)
+            for x, factor in ((k_n, k_descale), (v_n, v_descale))
         )
+        slopes = alibi_slopes[n] if alibi_slopes is not None and alibi_slopes.ndim == 2 else alibi_slopes
+        out, lse = sequence_reference(
+            q_n.to(dtype).transpose(0, 1), keys, values, softmax_scale=scale, left=left, right=right, softcap=softcap,
+            slopes=slopes, keep=_kept(n, heads, len(q_n), len(k_n), rng_state, dropout_p), shown=shown,
+            dropout_p=dropout_p, is_two_pass=is_two_pass,
+        )  # fmt: skip
         outs.append(out.transpose(0, 1))
         lses.append(lse)
     if cu_seqlens_q is None:

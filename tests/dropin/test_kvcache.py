@@ -273,3 +273,19 @@ def test_exact_capacity_is_not_refused(device):
     flash_attn_with_kvcache(
         made.q, made.k_cache, made.v_cache, made.k, made.v, cache_seqlens=full, block_table=made.table
     )
+
+
+def test_torch_compile_takes_the_call_without_a_break():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 1, heads, 16) for heads in (4, 2, 2))
+    caches = torch.randn(2, 2, 32, 2, 16)
+    lengths = torch.tensor([5, 30], dtype=torch.int32)
+
+    def step(q, k_cache, v_cache, k, v, lengths):
+        return flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths, causal=True) * 2.0
+
+    eager_caches, compiled_caches = caches.clone(), caches.clone()
+    eager = step(q, *eager_caches, k, v, lengths)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(q, *compiled_caches, k, v, lengths)
+    assert torch.equal(compiled, eager)
+    assert torch.equal(compiled_caches, eager_caches)

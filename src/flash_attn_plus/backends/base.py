@@ -20,6 +20,7 @@ class Capability:
     devices: frozenset[str] | None = None  # None: any device type
     refused: dict[str, str] = field(default_factory=dict)  # a true AttentionProblem field -> why it is refused
     takes_block_mask: bool = False
+    cache_dtypes: frozenset[torch.dtype] = frozenset()  # of keys and values, besides that of the queries
 
     def reasons(self, problem: AttentionProblem) -> list[str]:
         """Why the problem lies outside these limits; empty when it does not."""
@@ -35,6 +36,8 @@ class Capability:
         found += [why for name, why in self.refused.items() if getattr(problem, name)]
         if problem.has_block_mask and not self.takes_block_mask:
             found.append("block_mask not implemented")
+        if problem.cache_dtype is not None and problem.cache_dtype not in self.cache_dtypes:
+            found.append(f"keys and values in {str(problem.cache_dtype).removeprefix('torch.')} not implemented")
         return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from flash_attn_plus import device
 from flash_attn_plus.backends.base import Backend, Capability
 from flash_attn_plus.problem import AttentionInputs, AttentionProblem
-from flash_attn_plus.tuning import hopper
+from flash_attn_plus.tuning import decode
 
 
 def can_copy(x: Tensor) -> bool:
@@ -70,15 +70,15 @@ class GluonHopper(Backend):
             found.append(f"head_dim_v {problem.head_dim_v} is not head_dim {problem.head_dim}")
         if problem.head_dim % 8:
             found.append(f"head_dim {problem.head_dim} is no multiple of 8")
-        if problem.is_backward and problem.head_dim > max(hopper.BACKWARD):
-            found.append(f"head_dim {problem.head_dim} > {max(hopper.BACKWARD)} not implemented in the backward pass")
-        if problem.is_backward and problem.is_deterministic:
-            found.append("deterministic not implemented: dq is summed in no fixed order")
         return found
 
     def yields(self, problem: AttentionProblem) -> str | None:
-        """Small calls to the portable kernels, whose launch takes half the host time."""
+        """Small calls to the portable kernels, whose launch takes half the host time, and few queries to split keys."""
         p = problem
+        if decode.is_decode(p, device.probe(p.device)):
+            return "yields few queries to kernels that split the keys"
+        if p.is_batch_invariant:
+            return "yields where the size of the batch must decide nothing"
         if p.batch * p.heads * p.seqlen_q * p.seqlen_k * p.head_dim < SMALLEST_WORK:
             return "yields a call this small to kernels that launch faster"
         return None
@@ -108,7 +108,7 @@ class GluonHopper(Backend):
 
     def backward(self, problem, inputs, dout, out, lse, dlse, dq, dk, dv, delta) -> None:
         """See Backend.backward; three kernels."""
-        from flash_attn_plus.backends import gluon_launch, triton_launch
+        from flash_attn_plus.backends import gluon_backward, triton_launch
 
-        launch = gluon_launch if all(map(can_copy, (dout, out, dq, dk, dv))) else triton_launch
+        launch = gluon_backward if all(map(can_copy, (dout, out, dq, dk, dv))) else triton_launch
         launch.backward(problem, inputs, dout, out, lse, dlse, dq, dk, dv, delta)

@@ -10,7 +10,7 @@ from torch import Tensor
 from flash_attn_plus import device
 from flash_attn_plus.backends.base import Backend, Capability
 from flash_attn_plus.problem import AttentionInputs, AttentionProblem
-from flash_attn_plus.tuning import heuristics
+from flash_attn_plus.tuning import decode, heuristics
 
 _GPU_TYPES = frozenset({"cuda", "xpu", "npu", "musa", "mlu"})
 
@@ -28,6 +28,7 @@ class TritonPortable(Backend):
         dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
         max_head_dim=512,
         takes_block_mask=True,
+        cache_dtypes=frozenset({torch.float8_e4m3fn}),
     )
 
     def unavailable(self) -> str | None:
@@ -50,22 +51,23 @@ class TritonPortable(Backend):
             )
         if problem.device.type not in _GPU_TYPES:
             return [f"device {problem.device.type} has no Triton target"]
+        if problem.cache_dtype is not None and not device.reads_e4m3(problem.device):
+            return ["keys and values in float8_e4m3fn need compute capability 8.9 or later"]
         facts = device.probe(problem.device)
         if not heuristics.fits(problem, facts):
             return [f"head_dim {problem.head_dim} does not fit the {facts.shared_memory // 1024} KB of shared memory"]
         return []
 
     def plan_forward(self, problem: AttentionProblem, inputs: AttentionInputs) -> Callable[..., None]:
-        """See Backend.plan_forward: keeps the compiled kernel and its arguments."""
-        from flash_attn_plus.backends import triton_launch
+        """See Backend.plan_forward: keeps the compiled kernels and their arguments."""
+        from flash_attn_plus.backends import triton_decode, triton_launch
 
-        return triton_launch.ForwardPlan(problem, inputs)
+        is_decode = decode.is_decode(problem, device.probe(problem.device))
+        return (triton_decode.SplitPlan if is_decode else triton_launch.ForwardPlan)(problem, inputs)
 
     def forward(self, problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:
-        """See Backend.forward; one kernel."""
-        from flash_attn_plus.backends import triton_launch
-
-        triton_launch.forward(problem, inputs, out, lse)
+        """See Backend.forward; one kernel, or two where the keys of a sequence are split."""
+        self.plan_forward(problem, inputs)(inputs, out, lse)
 
     def backward(self, problem, inputs, dout, out, lse, dlse, dq, dk, dv, delta) -> None:
         """See Backend.backward; three kernels, no atomics, so always bitwise repeatable."""

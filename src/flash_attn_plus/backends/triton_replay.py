@@ -48,3 +48,10 @@ def are_aligned(tensors: tuple) -> bool:
 def may_replay() -> bool:
     """Not while a profiler listens to launches: it learns of the ordinary ones only."""
     return not _has_hooks()
+
+
+def record(compiled: object, grid: tuple[int, ...], tail: tuple, tensors: tuple, device: torch.device) -> Replay | None:
+    """A replay of the launch that returned `compiled`, where that was proven; None where launches must be bound."""
+    if IS_PROVEN and device.type == "cuda" and isinstance(compiled, CompiledKernel) and are_aligned(tensors):
+        return Replay(compiled, grid, tail, device)
+    return None

@@ -5,7 +5,9 @@ from flash_attn_plus.kernels.triton import (
     activation,
     backward,
     block_lists,
+    cache_append,
     cross_entropy,
+    decode,
     dropout,
     forward,
     mask,
@@ -16,5 +18,5 @@ from flash_attn_plus.kernels.triton import (
     softmax,
 )
 
-keys.settle(dropout, mask, score, sequence, softmax, block_lists, forward, backward)
-keys.settle(norm, activation, cross_entropy, rotary)
+keys.settle(dropout, mask, score, sequence, softmax, block_lists, forward, backward, decode)
+keys.settle(norm, activation, cross_entropy, rotary, cache_append)

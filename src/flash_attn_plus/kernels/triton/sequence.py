@@ -24,7 +24,7 @@ def key_span(cu_k_ptr, used_k_ptr, leftpad_ptr, batch, len_k, F: tl.constexpr):
         if not F.is_paged:
             start = begin
     if F.has_used_k:
-        len_k = tl.load(used_k_ptr + batch)
+        len_k = tl.minimum(tl.load(used_k_ptr + batch), len_k)  # never beyond what is allocated
     if F.has_leftpad:
         pad = tl.load(leftpad_ptr + batch)
         start += pad

@@ -1,0 +1,119 @@
+"""Launches of the split-key kernels: few queries against many keys."""
+
+import torch
+import triton
+from torch import Tensor
+
+from flash_attn_plus import device
+from flash_attn_plus.backends import triton_launch as launch
+from flash_attn_plus.backends import triton_replay
+from flash_attn_plus.backends.triton_replay import Replay
+from flash_attn_plus.kernels.triton import decode as kernels
+from flash_attn_plus.problem import AttentionInputs, AttentionProblem
+from flash_attn_plus.tuning import decode as tuning
+from flash_attn_plus.tuning.decode import DecodeConfig
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+class SplitPlan:
+    """The launches of decode calls that share shapes, strides and numbers."""
+
+    def __init__(self, problem: AttentionProblem, inputs: AttentionInputs):
+        self._problem = problem
+        self._features = launch.features(problem, inputs)
+        self._use(tuning.configs(problem, device.probe(problem.device))[0])
+
+    def _use(self, c: DecodeConfig) -> None:
+        p = self._problem
+        self._config = c
+        self._splits = tuning.splits(p, device.probe(p.device), c)
+        rows = p.seqlen_q * (p.heads // p.heads_k)
+        self._tiles_m = -(-rows // c.block_m)
+        self._rows = _power_of_two(rows) if self._tiles_m == 1 else c.block_m
+        self._tiles = self._tiles_m * p.heads_k * p.batch
+        self._grid = (self._tiles * self._splits.launched,)
+        self._split: Replay | None = None
+        self._combine: Replay | None = None
+
+    def __call__(self, x: AttentionInputs, out: Tensor, lse: Tensor) -> None:
+        """Launch on the current stream of the problem's device."""
+        with launch._on(self._problem.device):
+            if self._problem.is_varlen_q:
+                out.zero_()  # rows behind the last sequence belong to no program
+            if self._split is not None:
+                self._run(x, out, lse)
+                return
+            for c in tuning.configs(self._problem, device.probe(self._problem.device)):
+                self._use(c)
+                try:
+                    self._run(x, out, lse)
+                    return
+                except triton.runtime.errors.OutOfResources as error:
+                    refusal = error
+            raise refusal
+
+    def _run(self, x: AttentionInputs, out: Tensor, lse: Tensor) -> None:
+        p, parts, parts_lse = self._problem, None, None
+        if self._splits.launched > 1:
+            rows = self._grid[0] * self._rows
+            parts = torch.empty(rows * p.head_dim_v, dtype=torch.float32, device=p.device)
+            parts_lse = torch.empty(rows, dtype=torch.float32, device=p.device)
+        tensors = (
+            x.q, x.k, x.v, out, lse, x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_k, x.leftpad_k,
+            x.block_table, x.alibi_slopes, x.k_descale, x.v_descale, parts, parts_lse,
+        )  # fmt: skip
+        may_replay = triton_replay.may_replay() and triton_replay.are_aligned(tensors)
+        if may_replay and self._split is not None:
+            self._split(*tensors)
+        else:
+            self._launch_split(tensors, x, out, lse)
+        if parts is not None:
+            ends = (parts, parts_lse, out, lse, x.cu_seqlens_q)
+            if may_replay and self._combine is not None:
+                self._combine(*ends)
+            else:
+                self._launch_combine(ends)
+
+    def _out_strides(self, out: Tensor, lse: Tensor) -> tuple[int, ...]:
+        is_packed = self._problem.is_varlen_q
+        return (*launch._row_strides(out, is_packed), *launch._statistic_strides(lse, is_packed))
+
+    def _launch_split(self, tensors: tuple, x: AttentionInputs, out: Tensor, lse: Tensor) -> None:
+        p, c, s = self._problem, self._config, self._splits
+        packed_k, pad = p.is_varlen_k, launch._power_of_two
+        is_whole = p.page_size == 0 or p.page_size % c.block_n == 0 or x.block_table.shape[1] == 1
+        tail = (
+            *launch._row_strides(x.q, p.is_varlen_q), *launch._row_strides(x.k, packed_k),
+            *launch._row_strides(x.v, packed_k), *self._out_strides(out, lse),
+            x.block_table.stride(0) if p.page_size else 0, launch._slope_stride(x.alibi_slopes),
+            *descale_strides(x.k_descale),
+            p.seqlen_q, p.seqlen_k, p.heads, p.heads // p.heads_k, p.left, p.right, p.page_size,
+            *launch._scalars(x)[:3], s.number, s.launched, self._tiles_m,
+            p.head_dim, p.head_dim_v, pad(p.head_dim), pad(p.head_dim_v), c.block_m, c.block_n, self._rows,
+            s.least_tiles, s.launched > 1, 0 if is_whole else p.page_size, x.k_descale is not None,
+            self._features,
+        )  # fmt: skip
+        options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
+        compiled = kernels.attention_split_kernel[self._grid](*tensors, *tail, **options)
+        self._split = triton_replay.record(compiled, self._grid, tail, tensors, p.device)
+
+    def _launch_combine(self, tensors: tuple) -> None:
+        p, s = self._problem, self._splits
+        grid = (self._tiles * self._rows,)
+        tail = (
+            *self._out_strides(tensors[2], tensors[3]), p.seqlen_q, p.heads, p.heads // p.heads_k, s.launched,
+            self._tiles_m, p.head_dim_v, launch._power_of_two(p.head_dim_v), self._config.block_m, self._rows,
+            _power_of_two(s.number), self._features,
+        )  # fmt: skip
+        compiled = kernels.attention_combine_kernel[grid](*tensors, *tail, num_warps=4)
+        self._combine = triton_replay.record(compiled, grid, tail, tensors, p.device)
+
+
+def descale_strides(descale: Tensor | None) -> tuple[int, int]:
+    """(sequence, head) strides of a factor that is one number, one a head, or one a sequence and head."""
+    if descale is None or descale.numel() == 1:
+        return (0, 0)
+    return (descale.stride(0) if descale.ndim == 2 else 0, descale.stride(-1))

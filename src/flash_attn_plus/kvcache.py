@@ -1,0 +1,191 @@
+"""Attention over a key/value cache: append in place, then attend, without waiting for the device."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flash_attn_plus import cache_append, checks, device, env, ops
+from flash_attn_plus.cache_checks import CacheCall, check_call, check_values
+from flash_attn_plus.functional import window_bounds
+from flash_attn_plus.fused.path import uses_triton
+from flash_attn_plus.problem import AttentionInputs
+from flash_attn_plus.selection import state
+
+
+def attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = False,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of a few queries over a cache, into which new keys and values are written first. No gradients.
+
+    Args:
+        q: (b, sq, h, d); float16, bfloat16, float32 or float64.
+        k_cache, v_cache: (rows, capacity, hk, d), or with block_table (pages, page_size, hk, d) of any page size;
+            in q's dtype or float8_e4m3fn; written in place. The last stride is 1, the others are free.
+        k, v: (b, new, hk, d) in q's dtype, written at positions cache_seqlens to cache_seqlens + new - 1.
+        rotary_cos, rotary_sin: (at least the capacity, rotary_dim / 2) in q's dtype, with k and v only. New key t
+            turns by the angle of position cache_seqlens + t; so does query t under a causal or window mask, while
+            without one every query turns by that of cache_seqlens.
+        cache_seqlens: int, or int32 (b,): keys already present, left padding included; default the capacity.
+        cache_batch_idx: int32 (b,), the row of the cache that each sequence uses; not with block_table.
+        cache_leftpad: int32 (b,), index of the first valid key; not with block_table.
+        block_table: int32 (b, max_blocks), the pages of each sequence.
+        rotary_interleaved: turn pairs (0, 1), (2, 3), ... instead of (t, t + rotary_dim / 2).
+        num_splits: programs that share the keys of one sequence, at most 128; 0: as many as fill the device.
+        k_descale, v_descale: float32 (), (hk,) or (b, hk): what float8_e4m3fn caches are multiplied with.
+        The other arguments are those of `attention`.
+
+    Returns:
+        out (b, sq, h, d), and with `return_lse` the float32 LSE (b, h, sq).
+
+    Raises:
+        InvalidArgument: an argument breaks the contract. Lengths beyond the capacity and pages that do not exist are
+            seen on CPU and with FLASH_ATTENTION_DEBUG=1, since reading them from a GPU would wait for it; nothing is
+            written outside the cache in any case.
+    """
+    if isinstance(cache_seqlens, int):
+        cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+    left, right = window_bounds(window_size, causal)
+    call = CacheCall(
+        q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table,
+        alibi_slopes, k_descale, v_descale, q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        left, right, softcap, rotary_interleaved, num_splits,
+    )  # fmt: skip
+    out, lse = attend(call)
+    return (out, lse) if return_lse else out
+
+
+def attend(c: CacheCall) -> tuple[Tensor, Tensor]:
+    """(out, LSE) of a call whose numbers are resolved."""
+    if torch.compiler.is_compiling():
+        return torch.ops.flash_attn_plus.attend_cache(*c)
+    return run(c)
+
+
+class _Plan:
+    """What calls that differ in their tensors' contents only have in common: checked once, launched alike."""
+
+    def __init__(self, c: CacheCall):
+        self._is_paged = c.block_table is not None or c.cache_batch_idx is not None
+        # Left padding has no paged form; 8-bit caches are read by Triton's kernels only.
+        self._must_gather = c.cache_leftpad is not None and c.cache_batch_idx is not None
+        is_wide = c.k_cache.dtype == c.q.dtype
+        self._must_widen = not is_wide and not (uses_triton(c.q) and device.reads_e4m3(c.q.device))
+        self._forward: Callable[..., None] | None = None
+        self._append = cache_append.plan(c)
+        check_call(c, self._inputs(c))
+
+    def _inputs(self, c: CacheCall) -> AttentionInputs:
+        batch, table, lengths = c.q.shape[0], c.block_table, c.cache_seqlens
+        keys, values = c.k_cache, c.v_cache
+        if table is None and c.cache_batch_idx is not None:
+            table = c.cache_batch_idx[:, None]  # a dense cache is a paged one with one page a sequence
+        if table is None and keys.shape[0] != batch:
+            keys, values = keys[:batch], values[:batch]
+        if table is not None and lengths is None:
+            lengths = torch.full((batch,), c.capacity, dtype=torch.int32, device=c.q.device)
+        return AttentionInputs(
+            c.q, keys, values, c.softmax_scale, c.softcap, 0.0, None, None, lengths,
+            c.cache_leftpad if table is None else None, table, c.alibi_slopes, None, c.k_descale, c.v_descale,
+        )  # fmt: skip
+
+    def __call__(self, c: CacheCall) -> tuple[Tensor, Tensor]:
+        check_values(c)
+        inputs = self._inputs(c)
+        if c.k is not None:
+            q, lengths = self._append(c, inputs.block_table)
+            inputs = inputs._replace(q=q, seqused_k=lengths)
+        if self._must_gather:
+            keys, values = (x.index_select(0, c.cache_batch_idx) for x in (c.k_cache, c.v_cache))
+            inputs = inputs._replace(k=keys, v=values, leftpad_k=c.cache_leftpad, block_table=None)
+        if self._must_widen:
+            inputs = _widened(inputs)
+        if self._forward is None:
+            self._forward = ops.plan_forward(inputs, c.left, c.right, c.num_splits)
+        if env.debug():
+            checks.check_values(inputs, c.q.shape[1], c.capacity)
+        out, lse = ops.allocate_outputs(inputs.q, inputs.v, False)
+        self._forward(inputs, out, lse)
+        return out, lse
+
+
+# Plans of recent calls, by everything that they may depend on; emptied when full.
+_plans: dict[tuple, _Plan] = {}
+_MAX_PLANS = 4096
+
+
+def _signature(x: Tensor | None) -> tuple | None:
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.device)
+
+
+def run(c: CacheCall) -> tuple[Tensor, Tensor]:
+    """What `attend` does, in eager mode."""
+    with torch.no_grad():
+        alignment = (c.q.data_ptr() | c.k_cache.data_ptr() | c.v_cache.data_ptr()) & 15 if c.q.is_cuda else 0
+        key = (*map(_signature, c[:14]), *c[14:], alignment, state())
+        plan = _plans.get(key)
+        if plan is None:
+            plan = _Plan(c)
+            if len(_plans) >= _MAX_PLANS:
+                _plans.clear()
+            _plans[key] = plan
+        return plan(c)
+
+
+# The same as one operator, so that torch.compile takes the call without a break. Its order is that of CacheCall.
+_library = torch.library.Library("flash_attn_plus", "FRAGMENT")
+_library.define(
+    "attend_cache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, Tensor? rotary_cos,"
+    " Tensor? rotary_sin, Tensor? cache_seqlens, Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? block_table,"
+    " Tensor? alibi_slopes, Tensor? k_descale, Tensor? v_descale, float softmax_scale, SymInt left, SymInt right,"
+    " float softcap, bool rotary_interleaved, SymInt num_splits) -> (Tensor out, Tensor lse)"
+)
+
+
+def _operator(*arguments) -> tuple[Tensor, Tensor]:
+    return run(CacheCall(*arguments))
+
+
+def _operator_fake(*arguments) -> tuple[Tensor, Tensor]:
+    c = CacheCall(*arguments)
+    return ops.allocate_outputs(c.q, c.v_cache, False)
+
+
+_library.impl("attend_cache", _operator, "CompositeExplicitAutograd")
+torch.library.register_fake("flash_attn_plus::attend_cache", _operator_fake, lib=_library)
+
+
+def _widened(x: AttentionInputs) -> AttentionInputs:
+    """The inputs with 8-bit caches multiplied out in q's dtype, for backends that read no other."""
+    keys, values, table = x.k, x.v, x.block_table
+    if x.k_descale is not None and x.k_descale.ndim == 2 and table is not None:  # a factor a sequence: no shared pages
+        keys, values = (t[table.long()].flatten(1, 2) for t in (keys, values))
+        table = None
+
+    def widen(cache: Tensor, descale: Tensor | None) -> Tensor:
+        return (cache.float() if descale is None else cache.float() * cache_append.by_head(descale)).to(x.q.dtype)
+
+    return x._replace(
+        k=widen(keys, x.k_descale), v=widen(values, x.v_descale), block_table=table, k_descale=None, v_descale=None
+    )

@@ -1,0 +1,116 @@
+"""How a decode call is tiled and how many programs share the keys of one sequence."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from flash_attn_plus.device import Device
+from flash_attn_plus.problem import AttentionProblem
+
+MOST_SPLITS = 128
+_MOST_QUERIES = 16  # of a sequence; with more, or more rows than these, the prefill kernels are as good
+_MOST_ROWS = 128  # queries times heads that share keys
+_LEAST_KEYS = 128  # of a split: below it the work of combining shows
+_INVARIANT_KEYS = 1024  # of a split where the batch must not show: long enough to be read at full speed
+
+
+class DecodeConfig(NamedTuple):
+    """Tiles and compiler options of the split kernel."""
+
+    block_m: int  # rows: queries of the heads that share keys
+    block_n: int  # keys
+    num_warps: int
+    num_stages: int
+    per_processor: int  # programs that one processor holds at a time
+
+
+class Splits(NamedTuple):
+    """How the keys of each sequence are shared out, by numbers that do not depend on the lengths in use."""
+
+    number: int  # at most so many splits a sequence
+    least_tiles: int  # of key tiles a split
+    launched: int  # splits of the grid: those beyond never have keys
+
+
+_D = DecodeConfig
+# H200, largest head dim -> rows a tile -> fastest of a sweep over contexts of 8k to 128k and batches of 1 to 128.
+_MEASURED: dict[int, dict[int, DecodeConfig]] = {
+    64: {16: _D(16, 256, 8, 3, 1), 32: _D(32, 128, 4, 3, 2), 64: _D(64, 128, 4, 3, 2)},
+    128: {16: _D(16, 128, 8, 3, 1), 32: _D(32, 128, 4, 3, 1), 64: _D(64, 64, 4, 3, 2)},
+    256: {16: _D(16, 64, 8, 3, 1), 32: _D(32, 64, 8, 3, 1), 64: _D(64, 32, 4, 3, 1)},
+}
+_MEASURED_SMALL_PAGES = {16: _D(16, 64, 8, 4, 2)}  # head dims up to 128; addresses of single keys cost registers
+_MEASURED_8_BIT = {16: _D(16, 128, 4, 4, 2), 32: _D(32, 128, 4, 4, 1), 64: _D(64, 64, 4, 3, 1)}
+
+
+def is_decode(p: AttentionProblem, device: Device) -> bool:
+    """Whether the split kernel is the one for a forward call: few rows share the keys, so reading them takes the time.
+
+    So it is for caches in 8 bits, which only it reads, and for more queries over a cache where the prefill kernel
+    would leave most of the device idle; unless the batch must not show.
+    """
+    if p.has_dropout or p.has_block_mask:
+        return False
+    if p.cache_dtype is not None:
+        return True
+    if p.seqlen_q <= _MOST_QUERIES and p.seqlen_q * (p.heads // p.heads_k) <= _MOST_ROWS:
+        return True
+    is_cache = p.has_seqused_k or p.page_size > 0
+    return is_cache and not p.is_batch_invariant and 2 * p.batch * p.heads * -(-p.seqlen_q // 128) < device.processors
+
+
+def configs(p: AttentionProblem, device: Device) -> list[DecodeConfig]:
+    """Configurations of the split kernel, best first; the later ones need less shared memory."""
+    rows = min(max(16, _power_of_two(p.seqlen_q * (p.heads // p.heads_k))), 64)
+    head_dim = max(p.head_dim, p.head_dim_v)
+    found = []
+    if device.family == "interpreter":
+        return [_D(rows, 32, 4, 1, 1)]
+    if device.family == "cuda90" and p.dtype.itemsize == 2 and head_dim <= 256:
+        found.append(next(table[rows] for largest, table in _MEASURED.items() if head_dim <= largest))
+        if p.cache_dtype is not None and head_dim <= 128:
+            found.insert(0, _MEASURED_8_BIT[rows])
+        elif 0 < p.page_size < 64 and rows in _MEASURED_SMALL_PAGES and head_dim <= 128:
+            found.insert(0, _MEASURED_SMALL_PAGES[rows])
+    smaller = 16 if p.dtype.itemsize == 4 else rows
+    for block_n, stages in ((64, 3), (32, 3), (32, 2), (16, 2), (16, 1)):
+        if p.dtype.itemsize == 2 or block_n <= 32:
+            found.append(_D(smaller, block_n, 4, stages, 2))
+    fitting = [c for c in found if _bytes(p, c) * c.per_processor <= device.shared_memory]
+    return fitting or found[-1:]
+
+
+def _bytes(p: AttentionProblem, c: DecodeConfig) -> int:
+    """Shared memory of the split kernel: the stages of keys and values, the queries, and a tile of weights."""
+    width = _padded(p.head_dim) + _padded(p.head_dim_v)
+    size = (p.cache_dtype or p.dtype).itemsize
+    return max(c.num_stages - 1, 1) * c.block_n * width * size + c.block_m * (width + c.block_n) * p.dtype.itemsize
+
+
+def _padded(n: int) -> int:
+    return max(16, _power_of_two(n))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def splits(p: AttentionProblem, device: Device, c: DecodeConfig) -> Splits:
+    """Whole waves of programs, without a look at the allocated length, so that a larger cache changes no bit."""
+    tiles_m = -(-p.seqlen_q * (p.heads // p.heads_k) // c.block_m)
+    if p.num_splits > 0:
+        number, least_tiles = p.num_splits, 1
+    elif p.is_batch_invariant:
+        number, least_tiles = MOST_SPLITS, -(-_INVARIANT_KEYS // c.block_n)
+    else:
+        number = _whole_waves(p.batch * p.heads_k * tiles_m, device.processors * c.per_processor)
+        least_tiles = -(-_LEAST_KEYS // c.block_n)
+    seen = p.seqlen_k if p.left < 0 or p.right < 0 else min(p.seqlen_k, p.left + p.right + p.seqlen_q)
+    most_tiles = -(-seen // c.block_n) + 1
+    return Splits(number, least_tiles, max(1, min(number, -(-most_tiles // least_tiles))))
+
+
+@lru_cache(maxsize=1024)
+def _whole_waves(programs: int, slots: int) -> int:
+    """The smallest number of splits that fills the last wave of programs nearly as well as any."""
+    used = [programs * s / (-(-programs * s // slots) * slots) for s in range(1, MOST_SPLITS + 1)]
+    return next(s for s, share in enumerate(used, 1) if share >= 0.95 * max(used))
