@@ -1,19 +1,21 @@
 """Imports in fresh processes: no Triton, no GPU, nothing heavy, and room for flash_attn.cute beside us."""
 
+import json
 import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
-SUBMODULES = ("flash_attn", "flash_attn.flash_attn_interface", "flash_attn.bert_padding", "flash_attn_2_cuda")
+GOLDEN = json.loads((Path(__file__).parent / "interface_golden.json").read_text())
+SUBMODULES = ("flash_attn_2_cuda", "flash_attn", *(f"flash_attn.{name}" for name in GOLDEN["modules"]))
 
 
-def run(code: str, *paths: str) -> str:
-    """stdout of the code in a process that sees no GPU."""
-    environment = os.environ | {
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([*paths, *(p for p in sys.path if p)]),
-    }
+def run(code: str, *paths: str, hides_gpu: bool = True) -> str:
+    """stdout of the code in a process that, unless told otherwise, sees no GPU."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, *(p for p in sys.path if p)])}
+    if hides_gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment, timeout=120
     )
@@ -43,6 +45,18 @@ def test_import_and_attention_without_triton_or_gpu():
         """
     )
     assert printed.strip() == "True"
+
+
+def test_no_module_starts_a_gpu_context():
+    """Workers that are forked later inherit what was imported, and a context would break them."""
+    code = f"""
+        import importlib
+        for name in {SUBMODULES!r}:
+            importlib.import_module(name)
+        import torch
+        print(torch.cuda.is_initialized())
+        """
+    assert run(code, hides_gpu=False).strip() == "False"
 
 
 def test_import_is_light():

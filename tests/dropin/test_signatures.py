@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import json
+import pkgutil
 import types
 from pathlib import Path
 
@@ -70,6 +71,68 @@ def test_helper(name):
 @pytest.mark.parametrize("name", GOLDEN["bert_padding"])
 def test_padding_function(name):
     assert rendered(getattr(bert_padding, name)) == GOLDEN["bert_padding"][name]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "parameters"),
+    [
+        pytest.param(module, *item, id=f"{module}.{item[0]}")
+        for module, names in GOLDEN["callables"].items()
+        for item in names.items()
+    ],
+)
+def test_callable_of_a_submodule(module, name, parameters):
+    found = importlib.import_module(f"flash_attn.{module}")
+    for part in name.split("."):
+        found = getattr(found, part)
+    if isinstance(found, type):
+        found, parameters = found.__init__, f"self, {parameters}"
+    assert ", ".join(rendered(found)) == parameters
+
+
+def test_modules_are_the_originals():
+    """None is missing; what is added is private, or the fused softmax that the original dropped."""
+    found = {
+        info.name.removeprefix("flash_attn.") for info in pkgutil.walk_packages(flash_attn.__path__, "flash_attn.")
+    }
+    public = {name for name in found if not any(part.startswith("_") for part in name.split("."))}
+    assert public - {"fused_softmax"} == set(GOLDEN["modules"])
+
+
+def test_numbers_of_results(device):
+    """Callers unpack exactly so many."""
+    q = torch.randn(2, 4, 2, 16, device=device)
+    rows, starts = q.flatten(0, 1), torch.tensor([0, 4, 8], dtype=torch.int32, device=device)
+    packed = {"qkv": torch.stack((q, q, q), 2), "kv": torch.stack((q, q), 2)}
+    calls = {
+        "flash_attn_func": (q, q, q),
+        "flash_attn_kvpacked_func": (q, packed["kv"]),
+        "flash_attn_qkvpacked_func": (packed["qkv"],),
+        "flash_attn_varlen_func": (rows, rows, rows, starts, starts, 4, 4),
+        "flash_attn_varlen_kvpacked_func": (rows, packed["kv"].flatten(0, 1), starts, starts, 4, 4),
+        "flash_attn_varlen_qkvpacked_func": (packed["qkv"].flatten(0, 1), starts, 4),
+    }
+    for name, arguments in calls.items():
+        for dropout_p in (0.0, 0.2):
+            assert isinstance(getattr(flash_attn, name)(*arguments, dropout_p=dropout_p), torch.Tensor)
+            assert len(getattr(flash_attn, name)(*arguments, dropout_p=dropout_p, return_attn_probs=True)) == 3
+    assert isinstance(flash_attn.flash_attn_with_kvcache(q, q.clone(), q.clone()), torch.Tensor)
+    assert len(flash_attn.flash_attn_with_kvcache(q, q.clone(), q.clone(), return_softmax_lse=True)) == 2
+    options = (0.0, 0.25, False, -1, -1, 0.0, None)
+    out, lse, dump, state = interface._flash_attn_forward(q, q, q, *options, False)
+    grads = [torch.empty_like(q) for _ in range(3)]
+    assert isinstance(interface._flash_attn_backward(q, q, q, q, out, lse, *grads, *options, False), torch.Tensor)
+    sequences = (starts, starts, 4, 4)
+    out, lse, dump, state = interface._flash_attn_varlen_forward(rows, rows, rows, *sequences, *options[:3])
+    grads = [torch.empty_like(rows) for _ in range(3)]
+    arguments = (rows, rows, rows, rows, out, lse, *grads, *sequences, *options, False)
+    assert isinstance(interface._flash_attn_varlen_backward(*arguments), torch.Tensor)
+    assert dump.numel() == 0
+    assert state.shape == (2,)
+    mask = torch.ones(2, 4, dtype=torch.bool, device=device)
+    assert len(bert_padding.unpad_input(q, mask)) == 5
+    lengths = torch.tensor([[1, 3, 0, 0], [2, 0, 0, 0]], device=device)
+    assert len(bert_padding.unpad_input_for_concatenated_sequences(q, lengths)) == 4
 
 
 def test_feature_parameters_are_found_by_name():
