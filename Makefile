@@ -84,7 +84,7 @@ $(ECOSYSTEM)/.ready: requirements-dev.txt requirements-triton.txt $(ECOSYSTEM_RE
 test-ecosystem: $(ECOSYSTEM)/.ready ## real programs that import flash_attn, on the CPU, in .venv-ecosystem
 	@status=0; \
 	PYTHONPATH= $(ECOSYSTEM_TEST) $(ECOSYSTEM_PY) -m pytest tests/ecosystem tests/models/test_against_transformers.py \
-		tests/dropin/test_packaging.py --ignore=tests/ecosystem/test_ring_flash_attn.py \
+		tests/dropin/test_packaging.py::test_the_libraries_own_check --ignore=tests/ecosystem/test_ring_flash_attn.py \
 		--ignore=tests/ecosystem/test_local_kernels.py $(ECOSYSTEM_ARGS) || status=1; \
 	PYTHONPATH=$(CURDIR)/$(ECOSYSTEM)/transformers-4 $(ECOSYSTEM_TEST) $(ECOSYSTEM_PY) -m pytest $(HF_TESTS) \
 		tests/ecosystem/test_ring_flash_attn.py $(ECOSYSTEM_ARGS) || status=1; \
