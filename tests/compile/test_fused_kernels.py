@@ -114,7 +114,7 @@ CASES = {
     "swiglu": partial(elementwise, "swiglu"),
 }
 KERNELS = (
-    (norm, ("norm_forward_kernel", "norm_backward_kernel", "norm_column_sums_kernel")),
+    (norm, ("norm_forward_kernel", "norm_backward_kernel", "norm_column_sums_kernel", "norm_totals_kernel")),
     (cross_entropy, ("cross_entropy_fwd_kernel", "cross_entropy_bwd_kernel")),
     (rotary_kernels, ("rotary_kernel",)),
     (

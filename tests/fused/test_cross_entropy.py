@@ -56,6 +56,26 @@ def test_vocabularies(path, device, classes):
     assert_follows(partial(run, smoothing=0.1), partial(formulas.cross_entropy, smoothing=0.1), tensors)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("left", "right"), [(5, 17), (8, 14), (8, 8), (0, 0), (0, 3)])
+def test_rows_that_start_anywhere(path, device, dtype, left, right):
+    """Of 61 classes, between columns that must be neither read nor written."""
+    tensors = {"logits": normal(9, 61, dtype=dtype, device=device, scale=3), "labels": labels_of(9, 61, device)}
+
+    def actual(logits, labels):
+        wide = torch.nn.functional.pad(logits, (left, right), value=1e4)
+        return run(wide[:, left : left + 61], labels, smoothing=0.1)
+
+    assert_follows(actual, partial(formulas.cross_entropy, smoothing=0.1), tensors)
+    wide = torch.nn.functional.pad(tensors["logits"], (left, right), value=1e4)
+    rows = wide[:, left : left + 61].requires_grad_()
+    losses, _ = cross_entropy_loss(rows, tensors["labels"], label_smoothing=0.1, inplace_backward=True)
+    (gradient,) = torch.autograd.grad(losses.sum(), rows)
+    assert gradient.data_ptr() == rows.data_ptr()
+    edges = torch.cat((wide[:, :left], wide[:, left + 61 :]), 1)
+    assert torch.equal(edges, torch.full_like(edges, 1e4))
+
+
 def test_label_types_strides_and_an_ignored_class(path, device):
     logits = normal(4, 60, dtype=torch.float32, device=device)
     labels = torch.tensor([1, 7, 3, 7], device=device)

@@ -29,6 +29,11 @@ def _row_results(logits: Tensor) -> Tensor:
     return torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
 
 
+def _vector_width(x: Tensor) -> int:
+    """Elements of a 16-byte load, or 1 where the tensor starts at no such boundary."""
+    return 16 // x.element_size() if x.data_ptr() % 16 == 0 else 1
+
+
 def _forward_triton(
     logits, labels, precomputed_lse, smoothing, scale, lse_square_scale, ignore_index, class_start, total_classes,
     is_split, losses, lse, z_losses,
@@ -37,13 +42,12 @@ def _forward_triton(
 
     rows, cols = logits.shape
     block, num_warps = launch.cross_entropy_block(cols)
-    width = 16 // logits.element_size()  # elements of a 16-byte load
-    is_aligned = cols % 16 == 0 and logits.stride(0) % 16 == 0 and logits.data_ptr() % 16 == 0
+    width = _vector_width(logits)
     with on_device(logits):
         cross_entropy_fwd_kernel[(rows,)](
             losses, lse, z_losses, logits, labels, precomputed_lse,
             smoothing, scale, lse_square_scale, ignore_index, class_start, total_classes, cols, logits.stride(0),
-            is_split, smoothing > 0.0, block // width, width, is_aligned, num_warps=num_warps,
+            is_split, smoothing > 0.0, block // width, width, num_warps=num_warps,
         )  # fmt: skip
 
 
@@ -54,11 +58,14 @@ def _backward_triton(
 
     rows, cols = logits.shape
     block, num_warps = launch.elementwise_block(cols)
+    width = min(_vector_width(logits), _vector_width(dlogits))
+    if (logits.stride(0) - dlogits.stride(0)) % width != 0:
+        width = 1
     with on_device(logits):
         cross_entropy_bwd_kernel[(rows * -(-cols // block),)](
             dlogits, dlosses, logits, lse, labels,
             smoothing, scale, lse_square_scale, ignore_index, class_start, total_classes, cols,
-            logits.stride(0), dlogits.stride(0), dlosses.stride(0), block, num_warps=num_warps,
+            logits.stride(0), dlogits.stride(0), dlosses.stride(0), block // width, width, num_warps=num_warps,
         )  # fmt: skip
 
 

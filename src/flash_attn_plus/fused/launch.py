@@ -30,26 +30,30 @@ def norm_forward(cols: int, facts: Device) -> RowConfig:
     block_cols = max(16, next_power_of_two(cols))
     block_rows = max(1, 2048 // block_cols)
     # 16 elements a thread are two 16-byte loads of a 16-bit type in flight: enough with several programs a processor.
-    return RowConfig(block_rows, block_cols, min(16, _warps(block_rows * block_cols, 16, facts)))
+    # Long rows take 32: more threads would wait for each other in every reduction.
+    warps = _warps(block_rows * block_cols, 16 if block_cols <= 4096 else 32, facts)
+    return RowConfig(block_rows, block_cols, min(16, warps))
 
 
-def norm_backward(cols: int, element_size: int, row_tensors: int, facts: Device) -> RowConfig:
-    """As forward, but each program walks over many rows, the next of which is loaded while this one is reduced.
+def norm_backward(
+    cols: int, element_size: int, row_tensors: int, weights: int, biases: int, facts: Device
+) -> RowConfig:  # fmt: skip
+    """As forward, but each program walks over many rows, the next two of which are on their way meanwhile.
 
-    `row_tensors` counts the tensors read row by row.
+    `row_tensors` counts the tensors read row by row, `weights` and `biases` the norm's parameters.
     """
     block_cols = max(16, next_power_of_two(cols))
     block_rows = max(1, 2048 // block_cols)
-    # x, dy and the sums of the weight gradients live at once. 8 elements of each a thread fit in 64 registers; longer
-    # rows take 16, since at 1024 threads a program no thread may have more than 64 registers, addresses included.
-    warps = _warps(block_rows * block_cols, 8 if block_cols <= 4096 else 16, facts)
-    weights = 2 if block_cols > REREAD_ABOVE else 0
-    staged = (row_tensors + weights) * block_rows * block_cols * element_size  # one step, in shared memory
-    if facts.family in ("cdna", "rdna"):  # registers hold what is on its way, and they are short
-        return RowConfig(block_rows, block_cols, warps, 1)
-    if 2 * staged <= facts.shared_memory // 2:  # two steps ahead, and room for a second program
-        return RowConfig(block_rows, block_cols, warps, 3)
-    return RowConfig(block_rows, block_cols, warps, 2 if staged + 1024 <= facts.shared_memory else 1)
+    # 16 elements a thread, 8 if the sums of four gradients are held. At 32 warps a thread has 64 registers: too few for
+    # the sums of a bias too.
+    warps = _warps(block_rows * block_cols, 16 // weights, facts)
+    if biases:
+        warps = min(16, warps)
+    read = row_tensors + (weights if block_cols > REREAD_ABOVE else 0)
+    staged = read * block_rows * block_cols * element_size  # one step, in shared memory
+    # Two steps ahead or none: one alone is the slowest, on an H200 by a quarter. CDNA and RDNA stage in registers.
+    is_ahead = facts.family not in ("cdna", "rdna") and 2 * staged + 4096 <= facts.shared_memory
+    return RowConfig(block_rows, block_cols, warps, 3 if is_ahead else 1)
 
 
 REREAD_ABOVE = 8192  # columns above which the backward kernel reads the weight for each row instead of holding it
@@ -74,31 +78,39 @@ def norm_backward_fused_sums(block_cols: int, element_size: int, wanted: tuple[b
 
 def column_sums(rows: int, cols: int, processors: int) -> tuple[int, int, int]:
     """(block_rows, block_cols, row chunks) of the second pass over columns."""
-    block_rows, block_cols = 16, 256
+    block_rows, block_cols = 8, 512
     column_blocks = -(-cols // block_cols)
-    # about four programs a processor, so that their loads cover each other's waiting
-    chunks = max(1, min(4 * processors // column_blocks, -(-rows // block_rows)))
+    # about eight programs a processor, so that their loads cover each other's waiting
+    chunks = max(1, min(8 * processors // column_blocks, -(-rows // block_rows)))
     return block_rows, block_cols, chunks
+
+
+def totals(count: int) -> tuple[int, int]:
+    """(rows, columns) a step of the sum over `count` partial sums: narrow, since a short gradient has few columns."""
+    return min(128, max(16, next_power_of_two(count))), 16
 
 
 def norm_backward_programs(rows: int, config: RowConfig, facts: Device) -> int:
     """Programs, hence partial sums of each weight gradient: few enough that adding them up stays cheap."""
-    # 64 registers a thread let 1024 threads run beside each other on a processor; more than four add only partial sums
-    a_processor = min(4, max(1, 32 // config.num_warps))
+    # 512 threads a processor have 128 registers each, and the rows that are on their way keep the memory busy
+    a_processor = max(1, 16 // config.num_warps)
     tiles = -(-rows // config.block_rows)
     return max(1, min(facts.processors * a_processor, tiles))
 
 
 def cross_entropy_block(cols: int) -> tuple[int, int]:
-    """(columns a step, warps): 32 elements a thread keep four 16-byte loads of a 16-bit type in flight."""
-    block = min(8192, max(128, next_power_of_two(cols)))
-    return block, min(8, max(1, block // 1024))
+    """(columns a step, warps): 16 elements a thread; 32 in half as many programs were slower on an H200."""
+    block = min(4096, max(128, next_power_of_two(cols)))
+    return block, max(1, block // 512)
 
 
-def rotary_rows(half: int) -> tuple[int, int]:
-    """(rows of one head each, warps): about 2048 pairs a program, 16 a thread, two 16-byte loads of each half."""
-    block_half = next_power_of_two(half)
-    return max(1, 2048 // block_half), 4
+def rotary_block(heads: int, half: int) -> tuple[int, int, int]:
+    """(tokens, heads, warps): about 1024 pairs a program, 8 a thread, one 16-byte load of each half."""
+    rows = max(1, 1024 // next_power_of_two(half))
+    block_heads = min(rows, next_power_of_two(heads))
+    while -(-heads // block_heads) * block_heads > 1.25 * heads:  # at most a fifth of the threads idle
+        block_heads //= 2
+    return rows // block_heads, block_heads, 4
 
 
 def elementwise_block(cols: int) -> tuple[int, int]:

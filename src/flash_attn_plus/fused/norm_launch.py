@@ -47,7 +47,8 @@ def norm_backward(
     rows, cols = t.shape
     facts = device.probe(t.device)
     row_tensors = 2 + (dy1 is not None) + (dt is not None)
-    config = launch.norm_backward(cols, t.element_size(), row_tensors, facts)
+    weights, biases = 1 + (weight1 is not None), (dbias is not None) + (dbias1 is not None)
+    config = launch.norm_backward(cols, t.element_size(), row_tensors, weights, biases, facts)
     programs = launch.norm_backward_programs(rows, config, facts)
     gradients = (dweight, dbias, dweight1, dbias1)
     is_kept = launch.norm_backward_fused_sums(
@@ -62,9 +63,7 @@ def norm_backward(
             cols, NormFlags(is_rms_norm, zero_centered_weight), config.block_rows, config.block_cols,
             config.num_stages, launch.REREAD_ABOVE, num_warps=config.num_warps,
         )  # fmt: skip
-        for gradient, partial in zip(gradients, sums, strict=True):
-            if partial is not None:
-                gradient.copy_(partial.sum(0))
+        _add_up(sums, gradients, programs)
         left = [None if kept else g for g, kept in zip(gradients, is_kept, strict=True)]
         _column_sums(t, dy, mean, rstd, left[0], left[1], facts.processors)
         _column_sums(t, dy1, mean, rstd, left[2], left[3], facts.processors)
@@ -82,6 +81,18 @@ def _column_sums(t, dy, mean, rstd, dweight: Tensor | None, dbias: Tensor | None
     norm_column_sums_kernel[(-(-cols // block_cols), chunks)](
         t, dy, mean, rstd, *sums, t.stride(0), dy.stride(0), rows, cols, block_rows, block_cols, num_warps=4
     )
-    for gradient, partial in zip((dweight, dbias), sums, strict=True):
-        if gradient is not None:
-            gradient.copy_(partial.sum(0))
+    _add_up([*sums, None, None], (dweight, dbias, None, None), chunks)
+
+
+def _add_up(partials, gradients, count: int) -> None:
+    """Gradients from `count` rows of partial sums each, where there are any."""
+    from flash_attn_plus.kernels.triton.norm import norm_totals_kernel
+
+    last = max((i for i, partial in enumerate(partials) if partial is not None), default=-1)
+    if last < 0:
+        return
+    cols = partials[last].shape[1]
+    block_parts, block_cols = launch.totals(count)
+    norm_totals_kernel[(-(-cols // block_cols), last + 1)](
+        *partials, *gradients, count, cols, block_parts, block_cols, num_warps=4
+    )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from flash_attn_plus.fused.launch import next_power_of_two, rotary_rows
+from flash_attn_plus.fused.launch import next_power_of_two, rotary_block
 from flash_attn_plus.fused.path import on_device, uses_triton
 
 MAX_HEAD_DIM = 256
@@ -55,20 +55,20 @@ def _apply_triton(x, cos, sin, seqlen_offsets, cu_seqlens, is_interleaved, out, 
     rest = 0 if out is x else head_dim - 2 * half
     is_table_of_offsets = isinstance(seqlen_offsets, Tensor)
     num_sequences = cu_seqlens.shape[0] - 1 if is_packed else 0
-    block_rows, num_warps = rotary_rows(half)
-    blocks = -(-tokens * heads // block_rows)
+    block_tokens, block_heads, num_warps = rotary_block(heads, half)
+    grid = (batch * -(-tokens // block_tokens) * -(-heads // block_heads),)
     arguments = (
         out, x, cos, sin, seqlen_offsets if is_table_of_offsets else None, cu_seqlens,
         *((0,) if is_packed else ()), *out.stride()[:-1], *((0,) if is_packed else ()), *x.stride()[:-1],
-        tokens * heads, heads, cos.shape[0], 0 if is_table_of_offsets else seqlen_offsets,
-        num_sequences, num_sequences.bit_length(), blocks,
-        half, rest, is_interleaved, is_conjugate, block_rows, next_power_of_two(half), next_power_of_two(rest),
+        tokens, heads, cos.shape[0], 0 if is_table_of_offsets else seqlen_offsets,
+        num_sequences, num_sequences.bit_length(), half, rest, is_interleaved, is_conjugate,
+        block_tokens, block_heads, next_power_of_two(half), next_power_of_two(rest),
     )  # fmt: skip
     if torch.compiler.is_compiling():
-        torch.library.wrap_triton(rotary_kernel)[(batch * blocks,)](*arguments, num_warps=num_warps)
+        torch.library.wrap_triton(rotary_kernel)[grid](*arguments, num_warps=num_warps)
         return
     with on_device(x):
-        rotary_kernel[(batch * blocks,)](*arguments, num_warps=num_warps)
+        rotary_kernel[grid](*arguments, num_warps=num_warps)
 
 
 def _check(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen) -> None:

@@ -148,9 +148,11 @@ def norm_backward_kernel(
                 dweight1 += dy1 * normed
             if dbias1_ptr is not None:
                 dbias1 += dy1
-        slope = tl.sum(normed * dnormed, 1) / N
-        if not F.is_rms_norm:
-            dnormed -= (tl.sum(dnormed, 1) / N)[:, None]
+        if F.is_rms_norm:
+            slope = tl.sum(normed * dnormed, 1) / N
+        else:  # both sums in one reduction: threads wait for each other once
+            slope, shift = tl.split(tl.sum(tl.join(normed * dnormed, dnormed), 1) / N)
+            dnormed -= shift[:, None]
         dt = (dnormed - normed * slope[:, None]) * rstd
         if dt_ptr is not None:  # the gradient that arrives at t itself
             dt += _load_rows(dt_ptr, dt_stride, rows, cols, inside)
@@ -211,3 +213,34 @@ def norm_column_sums_kernel(
         _store_sums(dweight_ptr, dweight, chunk, cols, in_cols, N)
     if dbias_ptr is not None:
         _store_sums(dbias_ptr, dbias, chunk, cols, in_cols, N)
+
+
+@triton.jit
+def _total(partial_ptr, total_ptr, count, cols, N: tl.constexpr, BLOCK_P: tl.constexpr):
+    total = tl.zeros((BLOCK_P, cols.shape[0]), dtype=tl.float32)
+    for first in tl.range(0, count, BLOCK_P):
+        parts = first + tl.arange(0, BLOCK_P)[:, None]
+        total += tl.load(partial_ptr + parts * N + cols[None, :], mask=(parts < count) & (cols < N)[None, :], other=0.0)
+    tl.store(total_ptr + cols, tl.sum(total, 0).to(total_ptr.dtype.element_ty), mask=cols < N)
+
+
+@triton.jit(do_not_specialize=["count"])
+def norm_totals_kernel(
+    partial0_ptr, partial1_ptr, partial2_ptr, partial3_ptr, total0_ptr, total1_ptr, total2_ptr, total3_ptr, count,
+    N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Add up `count` rows of partial sums, all weight gradients in one launch; absent ones are None."""
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    which = tl.program_id(1)
+    if partial0_ptr is not None:
+        if which == 0:
+            _total(partial0_ptr, total0_ptr, count, cols, N, BLOCK_P)
+    if partial1_ptr is not None:
+        if which == 1:
+            _total(partial1_ptr, total1_ptr, count, cols, N, BLOCK_P)
+    if partial2_ptr is not None:
+        if which == 2:
+            _total(partial2_ptr, total2_ptr, count, cols, N, BLOCK_P)
+    if partial3_ptr is not None:
+        if which == 3:
+            _total(partial3_ptr, total3_ptr, count, cols, N, BLOCK_P)
