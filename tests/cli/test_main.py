@@ -6,11 +6,13 @@ import pty
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from flash_attn_plus import env, selection
-from flash_attn_plus.cli import info
+from flash_attn_plus import device, env, selection
+from flash_attn_plus.cli import info, words
 from flash_attn_plus.cli.main import COMMANDS, main
 
 COMMAND = [sys.executable, "-m", "flash_attn_plus"]
@@ -131,6 +133,21 @@ def test_info_tells_what_is_here(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert re.search(r"cpu +torch +both +chosen", text)
     assert "Tuning table: none" in text
+
+
+def test_info_tells_of_an_accelerator(monkeypatch):
+    where = torch.device("cuda", 0)
+    properties = SimpleNamespace(total_memory=143 << 30)
+    module = SimpleNamespace(get_device_name=lambda _: "a GPU", get_device_properties=lambda _: properties)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setattr(words, "default_device", lambda: where)
+    with device.assumed(where, device.Device("cuda90", 227 * 1024, 132)):
+        found = info.devices()[0]
+    assert found == {
+        "device": "cuda:0", "name": "a GPU", "family": "cuda90", "processors": 132, "shared memory": "227 KB",
+        "memory": "143.0 GiB",
+    }  # fmt: skip
 
 
 def test_info_tells_of_a_tuning_table(capsys, monkeypatch, tmp_path):

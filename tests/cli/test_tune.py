@@ -20,12 +20,20 @@ CPU = torch.device("cpu")
 HOPPER = device.Device("cuda90", 227 * 1024, 132)
 CASE = Case(batch=1, seqlen_q=32, seqlen_k=32, heads=1, heads_k=1, head_dim=16, right=0)
 USES = """
-import torch
+import json, torch
 from flash_attn_plus import device
+from flash_attn_plus.cli.tune import Bench, Task
 from flash_attn_plus.testing import Case
 from flash_attn_plus.tuning import heuristics
-problem = Case(seqlen_q=32, seqlen_k=32, head_dim=16, right=0).problem(torch.float16)
-print(tuple(heuristics.forward(problem, device.probe(problem.device))[0]))
+from flash_attn_plus.tuning.config import TileConfig
+case = Case(seqlen_q=32, seqlen_k=32, head_dim=16, right=0)
+problem = case.problem(torch.float16)
+used = heuristics.forward(problem, device.probe(problem.device))[0]
+bench = Bench(Task("dkdv", case, torch.float16), problem.device)
+right = bench.wrong(TileConfig(16, 32, 4, 1))
+launch = bench._backend.backward
+bench._backend.backward = lambda *a: (launch(*a), a[7].mul_(1.1))  # a wrong dk
+print(json.dumps([used[:4], right, bench.wrong(TileConfig(16, 32, 4, 1))]))
 """
 
 
@@ -42,8 +50,10 @@ def test_a_search_by_the_interpreter_writes_a_table_that_the_engine_reads(plain_
     assert len(entries) == (best != found["found"][0]["built-in"])
     environment[env.TUNING_TABLE] = str(path)
     used = subprocess.run([sys.executable, "-c", USES], env=environment, capture_output=True, text=True, check=True)
-    m, n, warps, stages, _ = json.loads(used.stdout.replace("(", "[").replace(")", "]").replace("False", "0"))
+    (m, n, warps, stages), right, wrong = json.loads(used.stdout)
     assert f"{m}x{n} w{warps} s{stages}" == best
+    assert right is None
+    assert wrong.startswith("dk: error")
 
 
 class Times:

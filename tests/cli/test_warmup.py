@@ -147,7 +147,7 @@ def test_nothing_stays_changed(cache):
 
 def test_a_list_of_the_kernels_without_compiling(capsys, cache, tmp_path):
     assert main(["warmup", "d=64", "s=512", "--target", "cuda:80", "--dry-run"]) == 0
-    assert "attention_forward_kernel  dense  sq=512 sk=512" in capsys.readouterr().out
+    assert "attention_forward_kernel  dense  b=64 sq=512 sk=512" in capsys.readouterr().out
     assert not list(tmp_path.rglob("*.cubin"))
 
 

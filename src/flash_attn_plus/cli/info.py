@@ -86,13 +86,13 @@ def devices() -> list[dict[str, Any]]:
 
 
 def _accelerator(where: torch.device) -> dict[str, Any]:
-    facts, module = device.probe(where), torch.get_device_module(where)
-    properties = module.get_device_properties(where)
-    return {
-        "device": str(where), "name": getattr(properties, "name", "unknown"), "family": facts.family,
-        "processors": facts.processors, "shared_memory_kb": facts.shared_memory // 1024,
-        "memory_gb": round(getattr(properties, "total_memory", 0) / 2**30, 1),
+    facts, tell = device.probe(where), getattr(torch.get_device_module(where), "get_device_properties", None)
+    found = {
+        "device": str(where), "name": words.device_name(where), "family": facts.family,
+        "processors": facts.processors, "shared memory": f"{facts.shared_memory // 1024} KB",
     }  # fmt: skip
+    memory = getattr(tell(where), "total_memory", None) if tell else None
+    return found if memory is None else found | {"memory": f"{memory / 2**30:.1f} GiB"}
 
 
 def processor() -> str:

@@ -265,9 +265,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def device_name(where: torch.device) -> str:
     """What the device calls itself."""
-    if where.type == "cpu":
-        return processor()
-    return torch.get_device_module(where).get_device_name(where)
+    return processor() if where.type == "cpu" else words.device_name(where)
 
 
 def save(path: Path, known: list[table.Entry], found: list[Found], family: str, where: torch.device) -> None:

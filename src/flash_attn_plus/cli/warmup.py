@@ -112,7 +112,11 @@ def _list(target: ahead.Target, jobs: list[ahead.Job], as_json: bool) -> int:
 def _row(job: ahead.Job) -> dict[str, str]:
     case = job.sample.case
     form = "decode" if case.used is not None else "varlen" if case.lengths_q is not None else "dense"
-    return {"kernel": job.kernel, "form": form, "first needed at": f"sq={case.seqlen_q} sk={case.seqlen_k}"}
+    return {
+        "kernel": job.kernel,
+        "form": form,
+        "first needed at": f"b={case.sequences} sq={case.seqlen_q} sk={case.seqlen_k}",
+    }
 
 
 def _report(target: ahead.Target, done: list[ahead.Done], seconds: float, as_json: bool) -> int:

@@ -24,10 +24,16 @@ def name_of(dtype: torch.dtype) -> str:
 
 def default_device() -> torch.device:
     """The accelerator that PyTorch sees, else the CPU."""
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator().type
-        return torch.device(kind, torch.accelerator.current_device_index())
-    return torch.device("cpu")
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    index = getattr(torch.accelerator, "current_device_index", None) or torch.accelerator.current_device_idx  # 2.6
+    return torch.device(torch.accelerator.current_accelerator().type, index())
+
+
+def device_name(where: torch.device) -> str:
+    """What an accelerator calls itself; its type where PyTorch does not tell."""
+    tell = getattr(torch.get_device_module(where), "get_device_name", None)
+    return tell(where) if tell else where.type
 
 
 def read_device(word: str, text: str | None) -> torch.device:
