@@ -15,7 +15,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def versions() -> dict[str, str]:
     """Versions of what takes part, as far as it is installed."""
     found = {"python": platform.python_version()}
-    for name in ("torch", "triton", "flag_gems", "flash-attn-4"):
+    for name in ("torch", "triton", "flag_gems", "flash-attn-4", "liger-kernel"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
