@@ -2,27 +2,19 @@
 
 import pytest
 import torch
-from engines import CALLS, CUDNN, FA3, TORCH_FA2, Extension, Fa4, FlagGems
+from engines import CUDNN, FA3, TORCH_FA2, Extension, Fa4, FlagGems, forget
 
-from flash_attn_plus import device, env, selection
-from flash_attn_plus.backends import cuda_cudnn, cuda_fa2, cuda_fa3, cuda_fa4, cuda_original, flaggems
+from flash_attn_plus import device, env
+from flash_attn_plus.backends import cuda_cudnn, cuda_fa2_extension, cuda_fa2_torch, cuda_fa3, cuda_fa4, flaggems
 
 PROBES = {
     "flaggems": (flaggems.PROBE, FlagGems),
-    "fa2": (cuda_fa2.EXTENSION, Extension),
-    "torch_fa2": (cuda_fa2.TORCH, TORCH_FA2),
+    "fa2": (cuda_fa2_extension.PROBE, Extension),
+    "torch_fa2": (cuda_fa2_torch.PROBE, TORCH_FA2),
     "fa3": (cuda_fa3.PROBE, FA3),
     "fa4": (cuda_fa4.PROBE, Fa4),
     "cudnn": (cuda_cudnn.PROBE, CUDNN),
 }
-
-
-def forget() -> None:
-    """Drop every remembered answer."""
-    selection._choose.cache_clear()
-    cuda_original.judge.cache_clear()
-    selection._warned.clear()
-    CALLS.clear()
 
 
 @pytest.fixture

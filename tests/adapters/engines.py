@@ -7,9 +7,19 @@ that forgets one of them gives a wrong number here as it would on a GPU. `CALLS`
 import torch
 from torch import Tensor
 
+from flash_attn_plus import selection
+from flash_attn_plus.backends import cuda_original
 from flash_attn_plus.reference import attention_reference
 
 CALLS: list[tuple[str, dict]] = []
+
+
+def forget() -> None:
+    """Drop every answer and warning that selection remembers, and the recorded calls."""
+    selection._choose.cache_clear()
+    cuda_original.judge.cache_clear()
+    selection._warned.clear()
+    CALLS.clear()
 
 
 def record(name: str, given: dict) -> None:

@@ -6,11 +6,10 @@ import types
 
 import pytest
 import torch
-from conftest import forget
-from engines import FA3_SCHEMA, Fa4, FlagGems
+from engines import FA3_SCHEMA, Fa4, FlagGems, forget
 
 from flash_attn_plus import AttentionProblem, NoBackend, env, explain, selection, use_backend
-from flash_attn_plus.backends import cuda_cudnn, cuda_fa2, cuda_fa3, cuda_fa4, flaggems
+from flash_attn_plus.backends import cuda_cudnn, cuda_fa2_extension, cuda_fa2_torch, cuda_fa3, cuda_fa4, flaggems
 from flash_attn_plus.backends.foreign import Probe, require_version
 
 PLAIN = AttentionProblem(torch.device("cuda", 0), torch.bfloat16, 2, 4096, 4096, 16, 16, 128, 128)
@@ -19,7 +18,14 @@ PLAIN = AttentionProblem(torch.device("cuda", 0), torch.bfloat16, 2, 4096, 4096,
 @pytest.fixture
 def fresh(hopper):
     """Every probe asks anew, before and after."""
-    probes = (flaggems.PROBE, cuda_fa2.EXTENSION, cuda_fa2.TORCH, cuda_fa3.PROBE, cuda_fa4.PROBE, cuda_cudnn.PROBE)
+    probes = (
+        flaggems.PROBE,
+        cuda_fa2_extension.PROBE,
+        cuda_fa2_torch.PROBE,
+        cuda_fa3.PROBE,
+        cuda_fa4.PROBE,
+        cuda_cudnn.PROBE,
+    )
     for probe in probes:
         probe.forget()
     yield hopper
@@ -131,7 +137,7 @@ def test_our_own_module_is_never_taken_for_the_original(fresh):
     import flash_attn_2_cuda
 
     assert flash_attn_2_cuda.__file__.endswith(".py")
-    assert "no compiled flash_attn_2_cuda is installed" in cuda_fa2.EXTENSION.failure
+    assert "no compiled flash_attn_2_cuda is installed" in cuda_fa2_extension.PROBE.failure
 
 
 def test_the_original_is_found_behind_our_module_and_by_the_variable(fresh, tmp_path):
@@ -139,28 +145,28 @@ def test_the_original_is_found_behind_our_module_and_by_the_variable(fresh, tmp_
     installed = tmp_path / f"flash_attn_2_cuda{suffix}"
     installed.write_bytes(b"no library")
     fresh.setattr(sys, "path", [*sys.path, str(tmp_path)])
-    assert cuda_fa2._find_extension() == str(installed)
-    assert "the original flash-attn not available: ImportError" in cuda_fa2.EXTENSION.failure
+    assert cuda_fa2_extension._find_extension() == str(installed)
+    assert "the original flash-attn not available: ImportError" in cuda_fa2_extension.PROBE.failure
     fresh.setenv(env.CUDA_LIBRARIES, f"/elsewhere/fa3.so:/elsewhere/flash_attn_2_cuda{suffix}")
-    assert cuda_fa2._find_extension() == f"/elsewhere/flash_attn_2_cuda{suffix}"
+    assert cuda_fa2_extension._find_extension() == f"/elsewhere/flash_attn_2_cuda{suffix}"
 
 
 def test_the_original_that_is_imported_already_is_used(fresh):
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
     loaded = types.SimpleNamespace(__file__=f"x{suffix}", fwd=1, bwd=1, varlen_fwd=1, varlen_bwd=1)
     fresh.setitem(sys.modules, "flash_attn_2_cuda", loaded)
-    assert cuda_fa2.EXTENSION.value is loaded
-    cuda_fa2.EXTENSION.forget()
+    assert cuda_fa2_extension.PROBE.value is loaded
+    cuda_fa2_extension.PROBE.forget()
     del loaded.varlen_bwd
-    assert "varlen_bwd" in cuda_fa2.EXTENSION.failure
+    assert "varlen_bwd" in cuda_fa2_extension.PROBE.failure
 
 
 def test_torch_without_its_kernels_or_too_old(fresh):
     fresh.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
-    assert "built without FlashAttention-2; install a CUDA build" in cuda_fa2.TORCH.failure
+    assert "built without FlashAttention-2; install a CUDA build" in cuda_fa2_torch.PROBE.failure
     fresh.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    cuda_fa2.TORCH.forget()
-    assert cuda_fa2.TORCH.failure is None
+    cuda_fa2_torch.PROBE.forget()
+    assert cuda_fa2_torch.PROBE.failure is None
     fresh.setattr(torch.backends.cudnn, "version", lambda: None)
     assert "built without cuDNN" in cuda_cudnn.PROBE.failure
     cuda_cudnn.PROBE.forget()
@@ -187,9 +193,9 @@ def test_fa3_library_without_its_operator(fresh):
 
 
 def test_torchs_operator_with_other_kernels_behind_it_is_refused(fresh, installed):
-    assert cuda_fa2.Fa2Torch().reasons(PLAIN) == []
+    assert cuda_fa2_torch.Fa2Torch().reasons(PLAIN) == []
     fresh.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: "FA4", raising=False)
-    assert "PyTorch's operator runs FA4" in cuda_fa2.Fa2Torch().reasons(PLAIN)[0]
+    assert "PyTorch's operator runs FA4" in cuda_fa2_torch.Fa2Torch().reasons(PLAIN)[0]
 
 
 def test_fa3_arguments_follow_the_schema_of_each_release():

@@ -84,6 +84,7 @@ def test_under_false_a_call_nobody_has_goes_to_our_kernels_and_raises_by_name(in
         selection.choose(problem)
 
 
+@pytest.mark.filterwarnings("ignore:FLASH_ATTENTION_USE_FLAGGEMS")
 def test_under_true_the_original_kernels_never_serve(installed, monkeypatch):
     monkeypatch.setenv(env.USE_FLAGGEMS, "TRUE")
     installed("flaggems")
@@ -91,6 +92,7 @@ def test_under_true_the_original_kernels_never_serve(installed, monkeypatch):
     assert "not in the order" in reasons(PLAIN, "cuda")
 
 
+@pytest.mark.filterwarnings("ignore:FLASH_ATTENTION_USE_FLAGGEMS")
 def test_both_libraries_absent_leaves_our_kernels_with_both_reasons(installed, monkeypatch):
     installed("flaggems", "fa2", "fa3", "fa4", "cudnn", "torch_fa2")
     for value, name in (("TRUE", "flaggems"), ("FALSE", "cuda")):

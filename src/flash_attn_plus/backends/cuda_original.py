@@ -13,11 +13,11 @@ from flash_attn_plus.backends.foreign import compute_capability
 from flash_attn_plus.problem import AttentionInputs, AttentionProblem
 
 _ENGINES = {
-    "fa2": ("flash_attn_plus.backends.cuda_fa2", "Fa2Extension"),
+    "fa2": ("flash_attn_plus.backends.cuda_fa2_extension", "Fa2Extension"),
     "fa3": ("flash_attn_plus.backends.cuda_fa3", "Fa3"),
     "fa4": ("flash_attn_plus.backends.cuda_fa4", "Fa4"),
     "cudnn": ("flash_attn_plus.backends.cuda_cudnn", "Cudnn"),
-    "torch_fa2": ("flash_attn_plus.backends.cuda_fa2", "Fa2Torch"),
+    "torch_fa2": ("flash_attn_plus.backends.cuda_fa2_torch", "Fa2Torch"),
 }
 _LONG = 2048  # from this many queries and keys on FlashAttention-4 is faster than cuDNN on an H200, below it slower
 
