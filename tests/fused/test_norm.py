@@ -15,6 +15,8 @@ from flash_attn.ops.triton.layer_norm import (
 )
 from formulas import assert_follows, normal
 
+from flash_attn_plus.testing import assert_close
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((3, 40), (2, 5, 192), (1, 1030), (7, 8))
 
@@ -150,6 +152,16 @@ def test_strided_rows_and_transposed_gradients(path, device):
     (strided,) = torch.autograd.grad(layer_norm_fn(leaf, **x), leaf, dy)
     (contiguous,) = torch.autograd.grad(layer_norm_fn(leaf, **x), leaf, dy.contiguous())
     assert torch.equal(strided, contiguous)
+
+
+def test_more_partial_sums_than_a_step_takes(device):
+    from flash_attn_plus.fused import norm_launch
+
+    partials = normal(300, 40, dtype=torch.float32, device=device)
+    total, last = torch.full((2, 40), float("nan"), dtype=torch.bfloat16, device=device)
+    norm_launch._add_up([partials, None, None, -partials], (total, None, None, last), 300)
+    assert_close("total", total, partials.double().sum(0), partials.sum(0).bfloat16())
+    assert torch.equal(last, -total)
 
 
 def test_zero_rows(path, device):

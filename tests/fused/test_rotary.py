@@ -17,6 +17,8 @@ from flash_attn.layers.rotary import (
 from flash_attn.ops.triton.rotary import apply_rotary
 from formulas import assert_follows, normal
 
+from flash_attn_plus.testing import assert_close
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LENGTH, BATCH, HEADS = 7, 2, 3
 
@@ -62,6 +64,23 @@ def test_one_tensor(path, device, dtype, interleaved, inplace, head_dim, rotary_
     tensors = {"x": normal(BATCH, LENGTH, HEADS, head_dim, dtype=dtype, device=device)}
     (out,) = assert_follows(actual, formula, tensors)
     assert torch.equal(out[..., rotary_dim:], tensors["x"][..., rotary_dim:])
+
+
+@pytest.mark.parametrize("heads", [1, 7, 20])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_heads_that_fill_no_block(path, device, heads, interleaved):
+    """In place, beside heads that must stay as they are."""
+    cos, sin = tables(LENGTH, 32, device)
+    wide = normal(BATCH, LENGTH, heads + 2, 64, dtype=torch.float32, device=device)
+    before = wide.clone()
+    apply_rotary(wide[:, :, 1:-1], cos, sin, interleaved=interleaved, inplace=True)
+    positions = torch.arange(LENGTH, device=device).expand(BATCH, LENGTH)
+    expected = formulas.rotary(
+        before.double(), cos.double(), sin.double(), positions=positions, interleaved=interleaved
+    )
+    eager = formulas.rotary(before, cos, sin, positions=positions, interleaved=interleaved)
+    assert_close("out", wide[:, :, 1:-1], expected[:, :, 1:-1], eager[:, :, 1:-1])
+    assert torch.equal(wide[:, :, [0, -1]], before[:, :, [0, -1]])
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
