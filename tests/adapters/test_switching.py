@@ -59,6 +59,9 @@ def test_the_variable_switches_who_runs_the_call(installed, monkeypatch):
         ({"head_dim_v": 64}, "head_dim_v 64"),
         ({"has_leftpad_k": True}, "leftpad_k"),
         ({"has_seqused_k": True, "is_varlen_k": True}, "seqused_k beside cu_seqlens_k"),
+        ({"has_block_mask": True}, "block_mask"),
+        ({"cache_dtype": torch.float8_e4m3fn}, "keys and values in float8_e4m3fn"),
+        ({"is_batch_invariant": True}, "batch invariance"),
     ],
 )
 def test_flaggems_refuses_and_under_true_our_kernels_serve(installed, monkeypatch, change, word):
@@ -74,7 +77,16 @@ def test_flaggems_refuses_and_under_true_our_kernels_serve(installed, monkeypatc
         selection.choose(problem)
 
 
-@pytest.mark.parametrize("change", [{"has_dropout": True}, {"dtype": torch.float32}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"has_dropout": True},
+        {"dtype": torch.float32},
+        {"has_block_mask": True},
+        {"cache_dtype": torch.float8_e4m3fn},
+        {"is_batch_invariant": True},
+    ],
+)
 def test_under_false_a_call_nobody_has_goes_to_our_kernels_and_raises_by_name(installed, monkeypatch, change):
     problem = PLAIN._replace(**change)
     monkeypatch.setenv(env.USE_FLAGGEMS, "FALSE")

@@ -58,6 +58,7 @@ class CudaOriginal(Backend):
         dtypes=frozenset({torch.float16, torch.bfloat16}),
         max_head_dim=256,
         devices=frozenset({"cuda"}),
+        refused={"is_batch_invariant": "batch invariance: the engines split keys by how many sequences there are"},
     )
 
     def unavailable(self) -> str | None:

@@ -89,6 +89,7 @@ class FlagGems(Backend):
             "is_backward": "gradients: FlagGems' backward kernels give wrong results",
             "has_dropout": "dropout: FlagGems does not scale the weights it keeps, nor can its mask be replayed",
             "has_leftpad_k": "leftpad_k: FlagGems has no such argument",
+            "is_batch_invariant": "batch invariance: not promised by FlagGems",
         },
     )
 
