@@ -153,6 +153,14 @@ def test_an_earlier_run_shows_how_many_times_faster(capsys, monkeypatch, tmp_pat
     assert [r.get("times_faster") for r in rows] == [1.5, None]
 
 
+def test_an_earlier_run_of_other_sizes_is_told(capsys, tmp_path):
+    old = tmp_path / "old.csv"
+    assert main(["bench", "prefill", *SIZES, "--providers", "ours: torch", "--csv", str(old)]) == 0
+    other = [*SIZES, "--providers", "ours: torch", "--against", str(old), "--head-dim", "8"]
+    assert main(["bench", "prefill", *other]) == 0
+    assert "holds none of these cases; give it the same sizes" in capsys.readouterr().out
+
+
 def test_a_file_that_is_no_result_is_refused(tmp_path):
     other = tmp_path / "other.csv"
     for text in ("", "a,b\n1,2\n", "\0"):

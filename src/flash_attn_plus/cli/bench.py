@@ -161,6 +161,8 @@ def report(
     )
     if arguments.against and device != about["device"]:
         output.say(f"note: {arguments.against} is of another device, {device}")
+    if arguments.against and not ratios:
+        output.say(f"note: {arguments.against} holds none of these cases; give it the same sizes")
     for suite in dict.fromkeys(r.suite for r in rows):
         mine = [r for r in rows if r.suite == suite]
         output.say("", f"{suite}: {suites.SUITES[suite]}")

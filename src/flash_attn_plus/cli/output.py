@@ -71,7 +71,7 @@ def table_lines(
             for cell, n, name in zip(row[:-1], widths[:-1], headers[:-1], strict=True)
         ]
         for number, part in enumerate(parts or [""]):
-            last = part.rjust(widths[-1]) if headers[-1] in right and room is None else part
+            last = part.rjust(widths[-1]) if headers[-1] in right else part
             lead = "  ".join(cells) if number == 0 else " " * (before - 2)
             lines.append((f"{lead}  {last}" if cells else last).rstrip())
     return lines
