@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from gluon_harness import HOPPER, between_waits, inspect
+from gluon_harness import HOPPER, HopperReport, between_waits, inspect
 from harness import SHARED_MEMORY, Launch, compile_launch, device_of, recorded, report
 
-from flash_attn_plus.backends import gluon_launch
+from flash_attn_plus.backends import gluon_backward, gluon_launch
 from flash_attn_plus.backends.gluon_hopper import GluonHopper
 from flash_attn_plus.kernels.gluon import backward as backward_kernels
+from flash_attn_plus.kernels.gluon import backward_dq as dq_kernels
 from flash_attn_plus.kernels.gluon import backward_ends as ends_kernels
+from flash_attn_plus.kernels.gluon import backward_wide as wide_kernels
 from flash_attn_plus.kernels.gluon import forward as forward_kernels
 from flash_attn_plus.problem import AttentionInputs, describe
 from flash_attn_plus.tuning import hopper
@@ -18,8 +20,10 @@ KINDS = ("full", "causal", "packed_window")
 ROWS = [(name, kind) for name in hopper.FORWARD for kind in (("full", "packed") if "long" in name else KINDS)]
 
 
-def launches(head_dim: int, kind: str, length: int = 512, dtype: torch.dtype = torch.bfloat16) -> dict[str, Launch]:
-    """The launches of a forward and, where it is served, a backward pass, by kernel name."""
+def launches(
+    head_dim: int, kind: str, length: int = 512, dtype: torch.dtype = torch.bfloat16, is_deterministic: bool = False
+) -> dict[str, Launch]:
+    """The launches of a forward and a backward pass, by kernel name."""
     q, k = torch.empty(2, length, 8, head_dim, dtype=dtype), torch.empty(2, length, 2, head_dim, dtype=dtype)
     left, right, cu = 100 if kind == "packed_window" else -1, -1 if kind in ("full", "packed") else 0, None
     if "packed" in kind:
@@ -27,16 +31,17 @@ def launches(head_dim: int, kind: str, length: int = 512, dtype: torch.dtype = t
         cu = torch.tensor([0, 300, 2 * length], dtype=torch.int32)
     inputs = AttentionInputs(q, k, k, head_dim**-0.5, cu_seqlens_q=cu, cu_seqlens_k=cu)
     lse = torch.empty(q.shape[-2], q.shape[0]) if cu is not None else torch.empty(2, 8, length)
-    problem = describe(inputs, length, length, left, right)
+    problem = describe(inputs, length, length, left, right, is_deterministic=is_deterministic)
     with (
         recorded(forward_kernels, ("attention_forward_kernel",), HOPPER) as found,
         recorded(backward_kernels, ("attention_backward_kernel",), HOPPER) as main,
+        recorded(wide_kernels, ("attention_backward_wide_kernel",), HOPPER) as wide,
+        recorded(dq_kernels, ("attention_backward_dq_kernel",), HOPPER) as dq,
         recorded(ends_kernels, ENDS, HOPPER) as ends,
     ):
         gluon_launch.forward(problem, inputs, q, lse)
-        if hopper.padded_head_dim(head_dim) in hopper.BACKWARD:
-            gluon_launch.backward(problem, inputs, q, q, lse, None, q, k, k, torch.empty_like(lse))
-    return {launch.kernel.__name__: launch for launch in (*found, *main, *ends)}
+        gluon_backward.backward(problem, inputs, q, q, lse, None, q, k, k, torch.empty_like(lse))
+    return {launch.kernel.__name__: launch for launch in (*found, *main, *wide, *dq, *ends)}
 
 
 def local_accesses(loop: list[str]) -> int:
@@ -59,28 +64,60 @@ def test_forward_rows_overlap_softmax_and_products(name, kind):
         assert local_accesses(loop) <= tile.spills, "registers spill in the main loop"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("head_dim", hopper.BACKWARD)
-def test_backward_rows_keep_gradients_in_registers(head_dim, kind):
-    tile = hopper.BACKWARD[head_dim]
-    found = inspect(launches(head_dim, kind)["attention_backward_kernel"])
+def held(launch: Launch, registers: set[int], loops: int, spills: int) -> HopperReport:
+    """What became of a kernel of the backward pass, after what holds of each."""
+    found = inspect(launch)
     assert found.shared <= SHARED_MEMORY[HOPPER]
     assert not found.warnings
-    assert {tile.consumer_registers, tile.other_registers} <= found.register_caps
-    for instruction in ("UTMALDG", "UTMASTG", "UTMAREDG"):
-        assert instruction in found.assembly
-    assert len(found.loops) == 2
+    assert registers <= found.register_caps
+    assert "UTMALDG" in found.assembly
+    assert "UTMASTG" in found.assembly
+    assert len(found.loops) == loops
     for loop in found.loops:
-        assert between_waits(loop, "MUFU.EX2") == 32, "the wait for dP moved above the exponentials"
-        limit = tile.spills if kind == "packed_window" else 0
-        assert local_accesses(loop) <= limit, "registers spill in the main loop"
+        assert local_accesses(loop) <= spills, "registers spill in the main loop"
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_dim", [d for d, tile in hopper.BACKWARD.items() if not tile.is_wide])
+def test_backward_rows_keep_gradients_in_registers(head_dim, kind):
+    tile = hopper.BACKWARD[head_dim]
+    launch = launches(head_dim, kind, 8192)["attention_backward_kernel"]
+    found = held(launch, {tile.consumer_registers, tile.other_registers}, 2, tile.spills)
+    is_split = kind == "packed_window"  # whose rows see few keys
+    assert ("UTMAREDG" in found.assembly) != is_split
+    for loop in found.loops:
+        assert sum("MUFU.EX2" in line for line in loop) == tile.block_m // 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wide_backward_splits_dv_and_dk(kind):
+    tile = hopper.BACKWARD[256]
+    launch = launches(256, kind)["attention_backward_wide_kernel"]
+    found = held(launch, {tile.consumer_registers, tile.other_registers}, 2, tile.spills)
+    assert sorted(sum("MUFU.EX2" in line for line in loop) for loop in found.loops) == [0, 32]
+
+
+@pytest.mark.parametrize(("head_dim", "kind"), [(64, "full"), (128, "causal"), (128, "packed_window"), (256, "causal")])
+def test_dq_rows_keep_dq_in_registers(head_dim, kind):
+    tile = hopper.DQ[head_dim]
+    found = launches(head_dim, kind, 8192, is_deterministic=True)
+    assert "attention_round_dq_kernel" not in found
+    launch = found["attention_backward_dq_kernel"]
+    for loop in held(launch, {tile.consumer_registers, tile.producer_registers}, 2, tile.spills).loops:
+        assert between_waits(loop, "MUFU.EX2") >= tile.block_n // 2, "the wait for dP moved above the exponentials"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ENDS)
-def test_ends_of_the_backward_pass_compile_without_spills(name, kind):
-    for head_dim in hopper.BACKWARD:
-        assert report(compile_launch(launches(head_dim, kind)[name], HOPPER)).spills == 0
+def test_ends_of_the_backward_pass_move_16_bytes_at_a_time(name, kind):
+    for head_dim in (64, 128):
+        launch = launches(head_dim, "causal" if kind == "packed_window" else kind, 8192)[name]
+        found = report(compile_launch(launch, HOPPER))
+        assert found.spills == 0
+        assert "LDG.E.128" in found.assembly
+        assert "STG.E.128" in found.assembly
+        assert ".U16" not in found.assembly
 
 
 class Known:

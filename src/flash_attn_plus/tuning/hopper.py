@@ -18,28 +18,57 @@ class ForwardTile(NamedTuple):
 
 
 class BackwardTile(NamedTuple):
-    """Launch configuration of the backward kernel, whose tiles are 64 queries by 128 keys."""
+    """Launch configuration of the kernel that makes dk and dv, and in parts dq."""
 
+    block_m: int  # queries a tile
+    block_n: int  # keys a tile
+    longest_split: int  # visible keys a query up to which dq comes from a kernel of its own, since that is faster
     consumer_registers: int
     other_registers: int
-    spills: int = 0  # local memory accesses a step with packed rows and two window bounds; none otherwise
+    is_wide: bool = False  # a warpgroup for dv and one for dk; dq always has its own kernel
+    spills: int = 0  # local memory accesses a step
+
+
+class DqTile(NamedTuple):
+    """Launch configuration of the kernel that makes dq, by two warpgroups of 64 queries."""
+
+    block_n: int  # keys a tile
+    query_stages: int
+    key_stages: int
+    value_stages: int
+    consumer_registers: int
+    producer_registers: int
+    spills: int = 0
 
 
 FORWARD = {
     # Four stages beat two by 8 to 15 % up to 2,048 keys, by 1 to 9 % at 8,192.
     "64": ForwardTile(128, 2, 2, 4, 240, 24),
-    # A third warpgroup hides more latency, though each then spills: 525 against 466 TFLOP/s at 8,192 keys, but slower
-    # under a causal band, whose ends cut deeper into taller tiles, and for short sequences.
-    "64 long": ForwardTile(128, 3, 2, 3, 160, 32, spills=28),
+    # A third warpgroup hides more latency, though each then spills: 497 against 441 TFLOP/s at 8,192 keys, causal 487
+    # against 471; slower for short sequences, whose ends, like the diagonal, cut deeper into taller tiles.
+    "64 long": ForwardTile(128, 3, 2, 3, 160, 32, spills=32),
     # Tiles of 128 + 32 or 128 + 64 keys ran 5 % slower at 8,192 keys, of 64 keys 6 to 18 %. A second stage of queries
     # took 512 keys from 402 to 486 TFLOP/s and 8,192 causal ones from 616 to 681.
     "128": ForwardTile(128, 2, 2, 2, 240, 24),
     # 128 keys do not fit the registers, a second stage of queries not the shared memory.
     "256": ForwardTile(64, 2, 1, 2, 240, 24),
 }
-# dk and dv of 64 keys take 2 * head_dim registers of each thread, so head dim 256 needs another plan.
-BACKWARD = {64: BackwardTile(240, 24), 128: BackwardTile(240, 24, spills=16)}
+# A kernel for dq computes 7 products instead of 5, but needs no accumulator in memory, whose sums go at 1.7 TB/s.
+BACKWARD = {
+    # Tiles of 128 queries: 473 against 392 TFLOP/s with 64 at 8,192 keys, since products of 64 rows wait for memory.
+    64: BackwardTile(128, 128, 1024, 240, 24, spills=32),
+    128: BackwardTile(64, 128, 512, 240, 24, spills=16),
+    # One kernel for all three would add to the accumulator twice as often: 243 TFLOP/s against 436.
+    256: BackwardTile(64, 64, 0, 240, 24, is_wide=True),
+}
+DQ = {
+    64: DqTile(128, 2, 3, 3, 240, 24),
+    128: DqTile(128, 1, 2, 2, 240, 24, spills=24),
+    # Larger tiles of keys do not fit the registers, more of them not the shared memory.
+    256: DqTile(64, 1, 2, 1, 240, 24, spills=60),
+}
 LONG = 2048  # keys from which on "64 long" wins
+LONG_CAUSAL = 8192
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -50,5 +79,16 @@ def padded_head_dim(head_dim: int) -> int:
 def forward_tile(problem: AttentionProblem) -> ForwardTile:
     """The row for a problem."""
     width = padded_head_dim(problem.head_dim)
-    is_long = width == 64 and problem.left < 0 and problem.right < 0 and problem.seqlen_k >= LONG
+    longest = LONG if problem.right < 0 else LONG_CAUSAL
+    is_long = width == 64 and problem.left < 0 and problem.seqlen_k >= longest
     return FORWARD[f"{width} long" if is_long else str(width)]
+
+
+def is_split(problem: AttentionProblem) -> bool:
+    """Whether dq of a backward pass comes from a kernel of its own: then it is also bitwise repeatable."""
+    tile, visible = BACKWARD[padded_head_dim(problem.head_dim)], problem.seqlen_k
+    if problem.left >= 0:
+        visible = min(visible, problem.left + max(problem.right, 0) + 1)
+    elif problem.right >= 0:
+        visible //= 2
+    return problem.is_deterministic or tile.is_wide or visible <= tile.longest_split

@@ -1,6 +1,19 @@
 """Attention kernels for NVIDIA Hopper in Gluon, Triton's lower-level language: warp-specialised, TMA-fed."""
 
 from flash_attn_plus.kernels import keys
-from flash_attn_plus.kernels.gluon import backward, backward_ends, band, forward, hopper, softmax, tiles
+from flash_attn_plus.kernels.gluon import (
+    backward,
+    backward_dq,
+    backward_ends,
+    backward_wide,
+    backward_work,
+    band,
+    forward,
+    hopper,
+    query_tiles,
+    softmax,
+    tiles,
+)
 
-keys.settle(hopper, band, tiles, softmax, forward, backward_ends, backward)
+keys.settle(hopper, band, tiles, softmax, query_tiles, forward, backward_ends, backward_work)
+keys.settle(backward, backward_wide, backward_dq)

@@ -3,35 +3,35 @@
 import triton
 import triton.language as tl
 
-# Packed sequences begin at multiples of this many rows in the accumulator and the statistics.
-ALIGN: tl.constexpr = tl.constexpr(64)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _even(stride):
-    """A stride of a tensor that the copy engine reaches: a multiple of 16 bytes of 2-byte elements."""
-    return tl.multiple_of(stride, 8).to(tl.int64)
+    """A stride of a tensor that the copy engine reaches, a multiple of 8 elements, in a form that the compiler sees."""
+    return (stride // 8).to(tl.int64) * 8
 
 
 @triton.jit
 def _aligned(rows):
-    return tl.multiple_of(rows, ALIGN).to(tl.int64)
+    return (rows // 64).to(tl.int64) * 64
 
 
 @triton.jit
 def _row(ptr, batch, head, stride_batch, stride_head):
     """The first row of a head of a batch."""
-    return tl.multiple_of(ptr, 16) + batch * _even(stride_batch) + head * _even(stride_head)
+    return ptr + batch * _even(stride_batch) + head * _even(stride_head)
 
 
 @triton.jit
-def _rows(cu_q_ptr, len_q, heads, ROWS: tl.constexpr):
-    """(batch, head, first row of the tile, first row of the sequence, its length, its padded first row)."""
+def _rows(cu_q_ptr, len_q, heads, ROWS: tl.constexpr, ALIGN: tl.constexpr):
+    """(batch, head, first row of the tile, first row of the sequence, its length, its padded first row).
+
+    Neighbouring programs take neighbouring heads, which lie next to each other in memory.
+    """
     tiles = tl.cdiv(len_q, ALIGN) * (ALIGN // ROWS)
-    batch_head = tl.program_id(0) // tiles
-    row0 = tl.program_id(0) % tiles * ROWS
-    batch, head = batch_head // heads, batch_head % heads
+    head, rest = tl.program_id(0) % heads, tl.program_id(0) // heads
+    row0, batch = rest % tiles * ROWS, rest // tiles
     start, padded = 0, 0
     if cu_q_ptr is not None:
         start = tl.load(cu_q_ptr + batch)
@@ -43,21 +43,20 @@ def _rows(cu_q_ptr, len_q, heads, ROWS: tl.constexpr):
 @triton.jit(
     do_not_specialize=["stride_ob", "stride_os", "stride_oh", "stride_gb", "stride_gs", "stride_gh", "lse_rows",
                        "lines", "padded_rows", "len_q", "heads"],
-    do_not_specialize_on_alignment=["out_ptr", "dout_ptr", "lse_ptr", "dlse_ptr", "delta_ptr", "statistics_ptr",
-                                    "accumulator_ptr", "cu_q_ptr"],
+    do_not_specialize_on_alignment=["lse_ptr", "dlse_ptr", "delta_ptr", "cu_q_ptr"],
 )  # fmt: skip
 def attention_prepare_kernel(
     out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, statistics_ptr, accumulator_ptr, cu_q_ptr,
     stride_ob, stride_os, stride_oh, stride_gb, stride_gs, stride_gh,
     lse_rows, lines, padded_rows, len_q, heads,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(out * dout) - dlse, statistics (log2 LSE, delta) for the main kernel, accumulator = 0.
 
     Statistics are (2, lines, padded_rows), the accumulator (lines, padded_rows, HEAD_DIM), where a line is a head, of
     a batch unless rows are packed. Rows beyond a sequence get an LSE of +inf, so their weights are 0.
     """
-    batch, head, row0, start, length, padded = _rows(cu_q_ptr, len_q, heads, ROWS)
+    batch, head, row0, start, length, padded = _rows(cu_q_ptr, len_q, heads, ROWS, ALIGN)
     if row0 >= tl.cdiv(length, ALIGN) * ALIGN:
         return
     rows, dims = row0 + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)[None, :]
@@ -76,27 +75,28 @@ def attention_prepare_kernel(
     slot = line.to(tl.int64) * _aligned(padded_rows) + padded + rows
     tl.store(statistics_ptr + slot, lse * LOG2E)
     tl.store(statistics_ptr + lines.to(tl.int64) * _aligned(padded_rows) + slot, delta)
-    zero = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    tl.store(tl.multiple_of(accumulator_ptr, 16) + slot[:, None] * HEAD_DIM + dims, zero, is_dim)
+    if accumulator_ptr is not None:
+        zero = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        tl.store(accumulator_ptr + slot[:, None] * HEAD_DIM + dims, zero, is_dim)
 
 
 @triton.jit(
     do_not_specialize=["stride_b", "stride_s", "stride_h", "padded_rows", "len_q", "heads"],
-    do_not_specialize_on_alignment=["accumulator_ptr", "dq_ptr", "cu_q_ptr"],
+    do_not_specialize_on_alignment=["cu_q_ptr"],
 )
 def attention_round_dq_kernel(
     accumulator_ptr, dq_ptr, cu_q_ptr, stride_b, stride_s, stride_h, padded_rows, len_q, heads, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """dq = accumulator * scale, in dq's precision and strides."""
-    batch, head, row0, start, length, padded = _rows(cu_q_ptr, len_q, heads, ROWS)
+    batch, head, row0, start, length, padded = _rows(cu_q_ptr, len_q, heads, ROWS, ALIGN)
     if row0 >= length:
         return
     rows, dims = row0 + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)[None, :]
     line = head if cu_q_ptr is not None else batch * heads + head
     slot = (line.to(tl.int64) * _aligned(padded_rows) + padded + rows)[:, None]
     inside = (rows < length)[:, None] & (dims < HEAD_DIM)
-    dq = tl.load(tl.multiple_of(accumulator_ptr, 16) + slot * HEAD_DIM + dims, inside, 0.0) * scale
+    dq = tl.load(accumulator_ptr + slot * HEAD_DIM + dims, inside, 0.0) * scale
     at = (start + rows).to(tl.int64)[:, None]
     base = _row(dq_ptr, batch, head, stride_b, stride_h)
     tl.store(base + at * _even(stride_s) + dims, dq.to(dq_ptr.dtype.element_ty), inside)

@@ -16,88 +16,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flash_attn_plus.kernels.gluon import softmax
-from flash_attn_plus.kernels.gluon.band import Band, span
-from flash_attn_plus.kernels.gluon.hopper import (
-    load_tile,
-    new_barriers,
-    new_ring,
-    record,
-    store_tile,
-)
-from flash_attn_plus.kernels.gluon.tiles import new_mailbox, place
-
-
-@record
-class Work:
-    """What every role needs to know of the call to place a tile."""
-
-    cu_q_ptr: object
-    cu_k_ptr: object
-    batch: object
-    heads: object
-    chunk: object
-    len_q: object
-    len_k: object
-    left: object
-    right: object
-    has_left: gl.constexpr
-    has_right: gl.constexpr
-    ROWS: gl.constexpr
-
-    @gluon.jit
-    def count(self):
-        """The number of tiles, the empty ones of short sequences included."""
-        return self.batch * self.heads * gl.cdiv(self.len_q, self.ROWS)
-
-    @gluon.jit
-    def locate(self, tile):
-        """(batch, head, first row of the tile, first row of its queries, of its keys, the sequence's band)."""
-        blocks = gl.cdiv(self.len_q, self.ROWS)
-        batch_head, block = place(tile, self.batch * self.heads, self.chunk, blocks)
-        batch = batch_head // self.heads
-        q_start, len_q = span(self.cu_q_ptr, batch, self.len_q)
-        k_start, len_k = span(self.cu_k_ptr, batch, self.len_k)
-        band = Band(len_q, len_k, self.left, self.right, self.has_left, self.has_right)
-        return batch, batch_head % self.heads, block * self.ROWS, q_start, k_start, band
-
-
-@record
-class Queries:
-    """Every consumer's tiles of queries: one, or two so that the next arrives early."""
-
-    tiles: gl.shared_memory_descriptor  # [consumers * stages, rows, columns]
-    full: gl.shared_memory_descriptor
-    empty: gl.shared_memory_descriptor
-
-    @gluon.jit
-    def slot(self, i, consumer, CONSUMERS: gl.constexpr):
-        """Where a consumer's i-th tile lies."""
-        return i % (self.tiles.shape[0] // CONSUMERS) * CONSUMERS + consumer
-
-    @gluon.jit
-    def phase(self, i, CONSUMERS: gl.constexpr):
-        """The parity of the i-th tile's barriers."""
-        return i // (self.tiles.shape[0] // CONSUMERS) & 1
-
-
-@gluon.jit
-def _next(tile, tiles, counter_ptr):
-    """The tile after this one: drawn from a counter, or dealt in turns where all tiles are alike."""
-    if counter_ptr is not None:
-        drawn = gl.atomic_add(counter_ptr, 1)
-        if drawn == tiles - 1:  # the last of all draws, of which each program makes one too many
-            gl.store(counter_ptr, 0)
-        return drawn + gl.num_programs(0)
-    return tile + gl.num_programs(0)
-
-
-@gluon.jit
-def _fill(i, k_desc, v_desc, keys, values, batch, start, length, head, col0):
-    """Copy in the i-th tiles of K and V."""
-    full = keys.acquire(i, k_desc.block_type.nbytes)
-    load_tile(k_desc, batch, start, length, head, col0, full, keys.tile(i))
-    full = values.acquire(i, v_desc.block_type.nbytes)
-    load_tile(v_desc, batch, start, length, head, col0, full, values.tile(i))
+from flash_attn_plus.kernels.gluon.hopper import load_tile, new_barriers, new_ring, store_tile
+from flash_attn_plus.kernels.gluon.query_tiles import Queries, Work, fill_keys
+from flash_attn_plus.kernels.gluon.tiles import draw, new_mailbox
 
 
 @gluon.jit
@@ -113,7 +34,7 @@ def _producer(q_desc, k_desc, v_desc, queries, keys, values, mailbox, work, grou
     while tile < tiles:
         batch, head, row0, q_start, k_start, band = work.locate(tile)
         if row0 < band.len_q:
-            mailbox.send(sent, tile)
+            mailbox.send(sent, (batch, head, row0, q_start, band.len_q, band.len_k))
             for w in gl.static_range(CONSUMERS):
                 slot = queries.slot(sent, w, CONSUMERS)
                 mbarrier.wait(queries.empty.index(slot), queries.phase(sent, CONSUMERS) ^ 1)
@@ -124,29 +45,18 @@ def _producer(q_desc, k_desc, v_desc, queries, keys, values, mailbox, work, grou
             first, _, _, end = band.key_tiles(row0, work.ROWS, BLOCK_N)
             head_k = head // group
             col0 = (end - 1) * BLOCK_N
-            _fill(copied, k_desc, v_desc, keys, values, batch, k_start, band.len_k, head_k, col0)
-            tile = _next(tile, tiles, counter_ptr)  # here the counter's latency is hidden
+            fill_keys(copied, k_desc, v_desc, keys, values, batch, k_start, band.len_k, head_k, col0)
+            tile = draw(tile, tiles, counter_ptr)  # here the counter's latency is hidden
             for i in range(1, end - first):
                 col0 -= BLOCK_N
-                _fill(copied + i, k_desc, v_desc, keys, values, batch, k_start, band.len_k, head_k, col0)
+                fill_keys(copied + i, k_desc, v_desc, keys, values, batch, k_start, band.len_k, head_k, col0)
             copied += end - first
             sent += 1
         else:
-            tile = _next(tile, tiles, counter_ptr)
-    mailbox.send(sent, -1)
+            tile = draw(tile, tiles, counter_ptr)
+    mailbox.send(sent, (-1, 0, 0, 0, 0, 0))
     keys.drain(copied)
     values.drain(copied)
-
-
-@gluon.jit
-def _first_scores(queries, keys, i, n, is_tile, no_scores, WG: gl.constexpr, CONSUMERS: gl.constexpr):
-    """Issue the first scores of the i-th tile; without one, of whatever lies there."""
-    STAGES: gl.constexpr = keys.tiles.shape[0]
-    slot = queries.slot(i, WG, CONSUMERS)
-    mbarrier.wait(queries.full.index(slot), queries.phase(i, CONSUMERS), pred=is_tile)
-    mbarrier.wait(keys.full.index(n % STAGES), (n // STAGES) & 1, pred=is_tile)
-    q = queries.tiles.index(slot)
-    return warpgroup_mma(q, keys.tile(n).permute((1, 0)), no_scores, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -167,16 +77,17 @@ def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, s
     no_scores = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, s_layout)
     done = 0  # tiles of queries
     n = 0  # tiles of keys
-    tile = mailbox.receive(0)
-    s = _first_scores(queries, keys, 0, 0, tile >= 0, no_scores, WG, CONSUMERS)
-    s = warpgroup_mma_wait(0, deps=(s,))
-    while tile >= 0:
-        batch, head, row0, q_start, _, band = work.locate(tile)
+    batch, head, row0, q_start, band = work.receive(mailbox, 0)
+    while batch >= 0:
         first, full_first, full_end, end = band.key_tiles(row0, work.ROWS, BLOCK_N)
         row0 += WG * BLOCK_M
         o = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, o_layout)
         slot = queries.slot(done, WG, CONSUMERS)
         q = queries.tiles.index(slot)
+        mbarrier.wait(queries.full.index(slot), queries.phase(done, CONSUMERS))
+        keys.wait(n)
+        s = warpgroup_mma(q, keys.tile(n).permute((1, 0)), no_scores, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=(s,))
         keys.release(n)
         if (end <= full_first) | (end > full_end):
             s = band.mask_keys(s, row0, (end - 1) * BLOCK_N, s_layout)
@@ -209,12 +120,8 @@ def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, s
         rows = row0 + gl.arange(0, BLOCK_M, s_rows)
         line = head if work.cu_q_ptr is not None else batch * work.heads + head
         gl.store(lse_ptr + line.to(gl.int64) * lse_rows + (q_start + rows), lse, mask=rows < band.len_q)
-        tile = mailbox.receive(done)
-        if IS_AHEAD:  # the next tile's first scores run beside this one's epilogue
-            s = _first_scores(queries, keys, done, n, tile >= 0, no_scores, WG, CONSUMERS)
-            o = warpgroup_mma_wait(1, deps=(o,))
-        else:
-            o = warpgroup_mma_wait(0, deps=(o,))
+        following = work.receive(mailbox, done)
+        o = warpgroup_mma_wait(0, deps=(o,))
         values.release(n - 1)
         o = o * gl.expand_dims(gl.convert_layout(factor, o_rows, assert_trivial=True), 1)
         q.store(o.to(dtype))  # the tile of queries is spent: its memory carries the output
@@ -223,8 +130,7 @@ def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, s
         if not IS_AHEAD:
             tma.store_wait(0)
             mbarrier.arrive(queries.empty.index(slot), count=1)
-            s = _first_scores(queries, keys, done, n, tile >= 0, no_scores, WG, CONSUMERS)
-        s = warpgroup_mma_wait(0, deps=(s,))
+        batch, head, row0, q_start, band = following
     tma.store_wait(0)
 
 
@@ -254,7 +160,7 @@ def attention_forward_kernel(
     queries = Queries(q_tiles, new_barriers(SLOTS, 1), new_barriers(SLOTS, 1))
     keys = new_ring(dtype, STAGES, BLOCK_N, BLOCK_D, 6, CONSUMERS)
     values = new_ring(dtype, STAGES, BLOCK_N, BLOCK_D, 6 + STAGES, CONSUMERS)
-    mailbox = new_mailbox(CONSUMERS)
+    mailbox = new_mailbox(6, CONSUMERS)
     fence_async_shared()
     work = Work(cu_q_ptr, cu_k_ptr, batch, heads, chunk, len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT,
                 CONSUMERS * BLOCK_M)  # fmt: skip

@@ -67,15 +67,15 @@ def load_tile(desc, batch, start, length, head, row, barrier, tile):
 
 
 @gluon.jit
-def store_tile(desc, batch, start, length, head, row, tile):
-    """The reverse of `load_tile`; what lies beyond the sequence's end is not written."""
+def store_tile(desc, batch, start, length, head, row, tile, col=0):
+    """The reverse of `load_tile`, from column `col` on; what lies beyond the sequence's end is not written."""
     ROWS: gl.constexpr = tile.shape[0]
     COLS: gl.constexpr = tile.shape[1]
     if len(desc.block_type.shape) == 5:
-        at = [RAGGED, start + length, head, RAGGED - length + row, 0]
+        at = [RAGGED, start + length, head, RAGGED - length + row, col]
         copy_out(desc, at, tile.reshape([1, 1, 1, ROWS, COLS]))
     else:
-        copy_out(desc, [batch, head, row, 0], tile.reshape([1, 1, ROWS, COLS]))
+        copy_out(desc, [batch, head, row, col], tile.reshape([1, 1, ROWS, COLS]))
 
 
 @gluon.jit

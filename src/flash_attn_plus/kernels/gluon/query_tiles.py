@@ -1,0 +1,79 @@
+"""Tiles of queries and the keys that they see: where they lie, and the rings that bring them in."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from flash_attn_plus.kernels.gluon.band import Band, span
+from flash_attn_plus.kernels.gluon.hopper import load_tile, record
+from flash_attn_plus.kernels.gluon.tiles import place
+
+
+@record
+class Work:
+    """What every role needs to know of the call to place a tile."""
+
+    cu_q_ptr: object
+    cu_k_ptr: object
+    batch: object
+    heads: object
+    chunk: object
+    len_q: object
+    len_k: object
+    left: object
+    right: object
+    has_left: gl.constexpr
+    has_right: gl.constexpr
+    ROWS: gl.constexpr
+
+    @gluon.jit
+    def count(self):
+        """The number of tiles, the empty ones of short sequences included."""
+        return self.batch * self.heads * gl.cdiv(self.len_q, self.ROWS)
+
+    @gluon.jit
+    def locate(self, tile):
+        """(batch, head, first row of the tile, first row of its queries, of its keys, the sequence's band)."""
+        blocks = gl.cdiv(self.len_q, self.ROWS)
+        batch_head, block = place(tile, self.batch * self.heads, self.chunk, blocks)
+        batch = batch_head // self.heads
+        q_start, len_q = span(self.cu_q_ptr, batch, self.len_q)
+        k_start, len_k = span(self.cu_k_ptr, batch, self.len_k)
+        band = Band(len_q, len_k, self.left, self.right, self.has_left, self.has_right)
+        return batch, batch_head % self.heads, block * self.ROWS, q_start, k_start, band
+
+    @gluon.jit
+    def receive(self, mailbox, i):
+        """(batch, head, first row of the tile, of its queries, the sequence's band) of a tile; batch -1: no more."""
+        mailbox.wait(i)
+        band = Band(mailbox.read(i, 4), mailbox.read(i, 5), self.left, self.right, self.has_left, self.has_right)
+        numbers = (mailbox.read(i, 0), mailbox.read(i, 1), mailbox.read(i, 2), mailbox.read(i, 3), band)
+        mailbox.release(i)
+        return numbers
+
+
+@record
+class Queries:
+    """Every consumer's tiles of queries: one, or two so that the next arrives early."""
+
+    tiles: gl.shared_memory_descriptor  # [consumers * stages, rows, columns]
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+
+    @gluon.jit
+    def slot(self, i, consumer, CONSUMERS: gl.constexpr):
+        """Where a consumer's i-th tile lies."""
+        return i % (self.tiles.shape[0] // CONSUMERS) * CONSUMERS + consumer
+
+    @gluon.jit
+    def phase(self, i, CONSUMERS: gl.constexpr):
+        """The parity of the i-th tile's barriers."""
+        return i // (self.tiles.shape[0] // CONSUMERS) & 1
+
+
+@gluon.jit
+def fill_keys(i, k_desc, v_desc, keys, values, batch, start, length, head, col0):
+    """Copy in the i-th tiles of K and V."""
+    full = keys.acquire(i, k_desc.block_type.nbytes)
+    load_tile(k_desc, batch, start, length, head, col0, full, keys.tile(i))
+    full = values.acquire(i, v_desc.block_type.nbytes)
+    load_tile(v_desc, batch, start, length, head, col0, full, values.tile(i))
