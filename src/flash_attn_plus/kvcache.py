@@ -142,7 +142,11 @@ def _signature(x: Tensor | None) -> tuple | None:
 def run(c: CacheCall) -> tuple[Tensor, Tensor]:
     """What `attend` does, in eager mode."""
     with torch.no_grad():
-        alignment = (c.q.data_ptr() | c.k_cache.data_ptr() | c.v_cache.data_ptr()) & 15 if c.q.is_cuda else 0
+        alignment = (
+            (c.q.data_ptr() | c.k_cache.data_ptr() | c.v_cache.data_ptr()) & 15
+            if c.q.is_cuda or c.v_cache.dtype != c.q.dtype
+            else 0
+        )
         key = (*map(_signature, c[:14]), *c[14:], alignment, state())
         plan = _plans.get(key)
         if plan is None:

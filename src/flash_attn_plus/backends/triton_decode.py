@@ -24,6 +24,7 @@ class SplitPlan:
     def __init__(self, problem: AttentionProblem, inputs: AttentionInputs):
         self._problem = problem
         self._features = launch.features(problem, inputs)
+        self._is_paired = _can_pair(problem, inputs.v)
         self._use(tuning.configs(problem, device.probe(problem.device))[0])
 
     def _use(self, c: DecodeConfig) -> None:
@@ -61,8 +62,9 @@ class SplitPlan:
             rows = self._grid[0] * self._rows
             parts = torch.empty(rows * p.head_dim_v, dtype=torch.float32, device=p.device)
             parts_lse = torch.empty(rows, dtype=torch.float32, device=p.device)
+        v = x.v.view(torch.int16) if self._is_paired else x.v
         tensors = (
-            x.q, x.k, x.v, out, lse, x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_k, x.leftpad_k,
+            x.q, x.k, v, out, lse, x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_k, x.leftpad_k,
             x.block_table, x.alibi_slopes, x.k_descale, x.v_descale, parts, parts_lse,
         )  # fmt: skip
         may_replay = triton_replay.may_replay() and triton_replay.are_aligned(tensors)
@@ -87,7 +89,7 @@ class SplitPlan:
         is_whole = p.page_size == 0 or p.page_size % c.block_n == 0 or x.block_table.shape[1] == 1
         tail = (
             *launch._row_strides(x.q, p.is_varlen_q), *launch._row_strides(x.k, packed_k),
-            *launch._row_strides(x.v, packed_k), *self._out_strides(out, lse),
+            *launch._row_strides(tensors[2], packed_k), *self._out_strides(out, lse),
             x.block_table.stride(0) if p.page_size else 0, launch._slope_stride(x.alibi_slopes),
             *descale_strides(x.k_descale),
             p.seqlen_q, p.seqlen_k, p.heads, p.heads // p.heads_k, p.left, p.right, p.page_size,
@@ -110,6 +112,13 @@ class SplitPlan:
         )  # fmt: skip
         compiled = kernels.attention_combine_kernel[grid](*tensors, *tail, num_warps=4)
         self._combine = triton_replay.record(compiled, grid, tail, tensors, p.device)
+
+
+def _can_pair(p: AttentionProblem, v: Tensor) -> bool:
+    """Whether 8-bit values can be read two at a time."""
+    if p.cache_dtype is None or p.dtype.itemsize != 2 or p.head_dim_v < 32:
+        return False
+    return not any(n & 1 for n in (p.head_dim_v, v.data_ptr(), *v.stride()[:-1]))
 
 
 def descale_strides(descale: Tensor | None) -> tuple[int, int]:

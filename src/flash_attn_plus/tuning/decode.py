@@ -35,11 +35,12 @@ _D = DecodeConfig
 # H200, largest head dim -> rows a tile -> fastest of a sweep over contexts of 8k to 128k and batches of 1 to 128.
 _MEASURED: dict[int, dict[int, DecodeConfig]] = {
     64: {16: _D(16, 256, 8, 3, 1), 32: _D(32, 128, 4, 3, 2), 64: _D(64, 128, 4, 3, 2)},
-    128: {16: _D(16, 128, 8, 3, 1), 32: _D(32, 128, 4, 3, 1), 64: _D(64, 64, 4, 3, 2)},
-    256: {16: _D(16, 64, 8, 3, 1), 32: _D(32, 64, 8, 3, 1), 64: _D(64, 32, 4, 3, 1)},
+    128: {16: _D(16, 128, 8, 3, 1), 32: _D(32, 128, 4, 3, 1), 64: _D(64, 64, 4, 3, 1)},
+    256: {16: _D(16, 64, 8, 3, 1), 32: _D(32, 32, 4, 3, 2), 64: _D(64, 32, 4, 3, 1)},
 }
-_MEASURED_SMALL_PAGES = {16: _D(16, 64, 8, 4, 2)}  # head dims up to 128; addresses of single keys cost registers
-_MEASURED_8_BIT = {16: _D(16, 128, 4, 4, 2), 32: _D(32, 128, 4, 4, 1), 64: _D(64, 64, 4, 3, 1)}
+# Head dims up to 128, largest page size; addresses of single keys cost registers, and those of single-key pages loads.
+_MEASURED_SMALL_PAGES = {8: _D(16, 64, 8, 3, 2), 63: _D(16, 64, 4, 4, 2)}
+_MEASURED_8_BIT = {16: _D(16, 128, 4, 3, 3), 32: _D(32, 128, 4, 3, 2), 64: _D(64, 64, 4, 3, 1)}
 
 
 def is_decode(p: AttentionProblem, device: Device) -> bool:
@@ -69,8 +70,8 @@ def configs(p: AttentionProblem, device: Device) -> list[DecodeConfig]:
         found.append(next(table[rows] for largest, table in _MEASURED.items() if head_dim <= largest))
         if p.cache_dtype is not None and head_dim <= 128:
             found.insert(0, _MEASURED_8_BIT[rows])
-        elif 0 < p.page_size < 64 and rows in _MEASURED_SMALL_PAGES and head_dim <= 128:
-            found.insert(0, _MEASURED_SMALL_PAGES[rows])
+        elif 0 < p.page_size < 64 and rows == 16 and head_dim <= 128:
+            found.insert(0, next(c for largest, c in _MEASURED_SMALL_PAGES.items() if p.page_size <= largest))
     smaller = 16 if p.dtype.itemsize == 4 else rows
     for block_n, stages in ((64, 3), (32, 3), (32, 2), (16, 2), (16, 1)):
         if p.dtype.itemsize == 2 or block_n <= 32:

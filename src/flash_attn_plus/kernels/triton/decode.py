@@ -50,6 +50,17 @@ def _as_float16(q):
     return (q / factor[:, None]).to(tl.float16), factor
 
 
+@triton.jit
+def _unpacked(pairs):
+    """The two e4m3 numbers of each int16, over 256, as float16: their bits moved into place, subnormals included.
+
+    Products want values turned by rows, which the hardware does for 16 bits at once, not for 8. NaN becomes 480.
+    """
+    low = ((pairs & 0x80) << 8) | ((pairs & 0x7F) << 7)
+    high = (pairs & -0x8000) | ((pairs & 0x7F00) >> 1)
+    return low.to(tl.float16, bitcast=True), high.to(tl.float16, bitcast=True)
+
+
 @triton.jit(
     do_not_specialize=[
         "len_q", "len_k", "heads", "group", "left", "right", "page_size", "stride_lb", "stride_lh", "splits",
@@ -95,7 +106,10 @@ def attention_split_kernel(
         tl.store(parts_lse_ptr + tl.program_id(0).to(tl.int64) * R + tl.arange(0, R), none)
         return
 
-    dims, dims_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    IS_PAIRED: tl.constexpr = v_ptr.dtype.element_ty == tl.int16
+    WIDTH_V: tl.constexpr = HEAD_DIM_V // 2 if IS_PAIRED else HEAD_DIM_V
+    BLOCK_W: tl.constexpr = BLOCK_DV // 2 if IS_PAIRED else BLOCK_DV
+    dims, dims_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_W)
     q_base = q_ptr + batch.to(tl.int64) * stride_qb + q_start * stride_qs
     q_ptrs = q_base + (rows.to(tl.int64) * stride_qs + head * stride_qh)[:, None] + dims[None, :]
     q = tl.load(q_ptrs, mask=is_row[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
@@ -122,7 +136,8 @@ def attention_split_kernel(
 
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
+    acc_odd = tl.zeros([BLOCK_M, BLOCK_W if IS_PAIRED else 1], tl.float32)
     span = tl.arange(0, BLOCK_N)
     oldest = 0
     if F.has_left:
@@ -147,24 +162,34 @@ def attention_split_kernel(
         scores, _steepness = score.modify(scores, rows[:, None], cols[None, :], band, rule, F)
         scores = tl.where(mask.keep(rows[:, None], cols[None, :], band, F), scores, float("-inf"))
         weights, decay, row_max, row_sum = softmax.step(scores, score.multiplier(rule, F), row_max, row_sum, F)
-        is_read = ((cols >= oldest) & (cols < band.len_k))[:, None] & (dims_v < HEAD_DIM_V)[None, :]
+        is_read = ((cols >= oldest) & (cols < band.len_k))[:, None] & (dims_v < WIDTH_V)[None, :]
         v = tl.load(v_ptrs, mask=is_read, other=0.0)  # [N, DV]; what the window has left behind may hold anything
-        acc = score.add_product(weights.to(q.dtype), v.to(q.dtype), acc * decay[:, None], F)
+        if IS_PAIRED:
+            v_even, v_odd = _unpacked(v)
+            acc = score.add_product(weights.to(q.dtype), v_even, acc * decay[:, None], F)
+            acc_odd = score.add_product(weights.to(q.dtype), v_odd, acc_odd * decay[:, None], F)
+        else:
+            acc = score.add_product(weights.to(q.dtype), v.to(q.dtype), acc * decay[:, None], F)
 
+    columns = tl.arange(0, BLOCK_DV)[None, :]
+    is_column = columns < HEAD_DIM_V
+    total = acc
+    if IS_PAIRED:
+        total = tl.join(acc, acc_odd).reshape(BLOCK_M, BLOCK_DV) * 256.0
     factor, lse = softmax.finish(row_max, row_sum, F)
-    out = acc * (factor * factor_v)[:, None]
+    out = total * (factor * factor_v)[:, None]
     if IS_SPLIT:
         part = tl.program_id(0).to(tl.int64) * R
         local = tl.arange(0, BLOCK_M)
         tl.store(parts_lse_ptr + part + local, lse, mask=local < R)
-        part_ptrs = parts_ptr + (part + local)[:, None] * HEAD_DIM_V + dims_v[None, :]
-        tl.store(part_ptrs, out, mask=(local < R)[:, None] & (dims_v < HEAD_DIM_V)[None, :])
+        part_ptrs = parts_ptr + (part + local)[:, None] * HEAD_DIM_V + columns
+        tl.store(part_ptrs, out, mask=(local < R)[:, None] & is_column)
     else:
         out_base = out_ptr + batch.to(tl.int64) * stride_ob + q_start * stride_os
         lse_base = lse_ptr + batch.to(tl.int64) * stride_lb + q_start
         tl.store(lse_base + head * stride_lh + rows, lse, mask=is_row)
-        out_ptrs = out_base + (rows.to(tl.int64) * stride_os + head * stride_oh)[:, None] + dims_v[None, :]
-        is_out = is_row[:, None] & (dims_v < HEAD_DIM_V)[None, :]
+        out_ptrs = out_base + (rows.to(tl.int64) * stride_os + head * stride_oh)[:, None] + columns
+        is_out = is_row[:, None] & is_column
         tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=is_out)
 
 
