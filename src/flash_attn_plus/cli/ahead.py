@@ -53,6 +53,7 @@ class Sample(NamedTuple):
     dtype: torch.dtype
     is_backward: bool = False
     layout: Layout = "contiguous"  # of the gradients
+    is_deterministic: bool = False
     tiles: tuple[str, TileConfig] | None = None  # a kernel and the configuration to use instead of the chosen one
 
 
@@ -170,7 +171,7 @@ def only_compiling(target: Target, wants: Callable[[str, str], bool]) -> Iterato
 def launch(sample: Sample) -> None:
     """Prepare and launch the sample's kernels, as a call with such tensors would."""
     shapes = shapes_of(sample.case, sample.dtype)
-    inputs, problem = shapes.inputs, shapes.problem(is_backward=sample.is_backward)
+    inputs, problem = shapes.inputs, shapes.problem(META, sample.is_backward, sample.is_deterministic)
     backend = selection.get(sample.backend)
     out, lse = ops.allocate_outputs(inputs.q, inputs.v, problem.is_varlen_q)
     with table.only(*sample.tiles) if sample.tiles else nullcontext():
@@ -196,9 +197,9 @@ def as_if_present(target: Target) -> Iterator[None]:
         torch.cuda.is_available = available
 
 
-def server(target: Target, sample_case: Case, dtype: torch.dtype, is_backward: bool, deterministic: bool) -> str | None:
+def server(target: Target, case: Case, dtype: torch.dtype, is_backward: bool, is_deterministic: bool) -> str | None:
     """Our backend that serves a case on the target, or None when neither does."""
-    problem = shapes_of(sample_case, dtype).problem(target.where, is_backward, is_backward and deterministic)
+    problem = shapes_of(case, dtype).problem(target.where, is_backward, is_deterministic)
     wanted = selection.forced_backend()
     with as_if_present(target):
         serving = [n for n in ((wanted,) if wanted in OURS else OURS) if not selection.get(n).reasons(problem)]

@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _check_environment() -> None:
     """Raise InvalidArgument or NoBackend for a variable of the engine that has no meaning."""
     try:
-        env.use_flaggems(), env.debug(), env.fp32_precision(), selection.forced_backend()
+        env.use_flaggems(), env.debug(), env.batch_invariant(), env.fp32_precision(), selection.forced_backend()
     except ValueError as error:
         raise InvalidArgument(str(error)) from error
 

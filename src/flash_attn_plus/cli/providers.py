@@ -51,7 +51,7 @@ def ours(backend: str) -> Provider:
         return first(flash_attn_plus.attention(q, k, v, causal=True, **lengths))
 
     def decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-        return first(flash_attn_plus.attention(q, k, v, seqused_k=lengths))
+        return first(flash_attn_plus.attention_with_kvcache(q, k, v, cache_seqlens=lengths))
 
     return Provider(dense, packed, decode, backend)
 

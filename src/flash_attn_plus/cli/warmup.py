@@ -65,11 +65,12 @@ def samples(target: ahead.Target, found: dict[str, Any]) -> Iterator[ahead.Sampl
     dtype = found.get("dtype", torch.bfloat16)
     for case, train in cases(found):
         for is_backward in (False, True) if train else (False,):
-            name = ahead.server(target, case, dtype, is_backward, bool(found.get("deterministic")))
+            deterministic = is_backward and bool(found.get("deterministic"))
+            name = ahead.server(target, case, dtype, is_backward, deterministic)
             if name is None:
                 problem = case.problem(dtype, target.where, is_backward)
                 raise InvalidArgument(f"none of our kernels serves this on {target.name}: {problem}")
-            yield ahead.Sample(name, case, dtype, is_backward)
+            yield ahead.Sample(name, case, dtype, is_backward, is_deterministic=deterministic)
 
 
 def target_of(arguments: argparse.Namespace) -> ahead.Target:
