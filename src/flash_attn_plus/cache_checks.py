@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attn_plus import env
 from flash_attn_plus.checks import check_arguments
 from flash_attn_plus.errors import InvalidArgument
 from flash_attn_plus.problem import AttentionInputs
@@ -182,10 +181,7 @@ def _like(x: Tensor, q: Tensor) -> Tensor:
 
 
 def check_values(c: CacheCall) -> None:
-    """Raise InvalidArgument where an append leaves the cache. Reads lengths and pages, so a GPU is waited for:
-    done on CPU, and in debug mode."""
-    if c.k is None or torch.compiler.is_compiling() or not (c.q.device.type == "cpu" or env.debug()):
-        return
+    """Raise InvalidArgument where an append leaves the cache; reads lengths and pages, so a GPU is waited for."""
     if c.q.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     lengths = c.cache_seqlens

@@ -94,6 +94,8 @@ class _Plan:
         self._must_widen = not is_wide and not (uses_triton(c.q) and device.reads_e4m3(c.q.device))
         self._forward: Callable[..., None] | None = None
         self._append = cache_append.plan(c)
+        self._is_debug = env.debug()
+        self._reads_lengths = c.k is not None and (self._is_debug or c.q.device.type == "cpu")
         check_call(c, self._inputs(c))
 
     def _inputs(self, c: CacheCall) -> AttentionInputs:
@@ -111,7 +113,8 @@ class _Plan:
         )  # fmt: skip
 
     def __call__(self, c: CacheCall) -> tuple[Tensor, Tensor]:
-        check_values(c)
+        if self._reads_lengths:
+            check_values(c)
         inputs = self._inputs(c)
         if c.k is not None:
             q, lengths = self._append(c, inputs.block_table)
@@ -123,7 +126,7 @@ class _Plan:
             inputs = _widened(inputs)
         if self._forward is None:
             self._forward = ops.plan_forward(inputs, c.left, c.right, c.num_splits)
-        if env.debug():
+        if self._is_debug:
             checks.check_values(inputs, c.q.shape[1], c.capacity)
         out, lse = ops.allocate_outputs(inputs.q, inputs.v, False)
         self._forward(inputs, out, lse)
@@ -133,28 +136,26 @@ class _Plan:
 # Plans of recent calls, by everything that they may depend on; emptied when full.
 _plans: dict[tuple, _Plan] = {}
 _MAX_PLANS = 4096
-
-
-def _signature(x: Tensor | None) -> tuple | None:
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.device)
+_TENSORS = CacheCall._fields.index("softmax_scale")  # the fields before it
 
 
 def run(c: CacheCall) -> tuple[Tensor, Tensor]:
     """What `attend` does, in eager mode."""
-    with torch.no_grad():
-        alignment = (
-            (c.q.data_ptr() | c.k_cache.data_ptr() | c.v_cache.data_ptr()) & 15
-            if c.q.is_cuda or c.v_cache.dtype != c.q.dtype
-            else 0
-        )
-        key = (*map(_signature, c[:14]), *c[14:], alignment, state())
-        plan = _plans.get(key)
-        if plan is None:
-            plan = _Plan(c)
-            if len(_plans) >= _MAX_PLANS:
-                _plans.clear()
-            _plans[key] = plan
-        return plan(c)
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return run(c)
+    alignment = 0
+    if c.q.is_cuda or c.v_cache.dtype != c.q.dtype:
+        alignment = (c.q.data_ptr() | c.k_cache.data_ptr() | c.v_cache.data_ptr()) & 15
+    tensors = [x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in c[:_TENSORS]]
+    key = (*tensors, *c[_TENSORS:], alignment, state())
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _Plan(c)
+        if len(_plans) >= _MAX_PLANS:
+            _plans.clear()
+        _plans[key] = plan
+    return plan(c)
 
 
 # The same as one operator, so that torch.compile takes the call without a break. Its order is that of CacheCall.

@@ -313,7 +313,7 @@ def flash_attn_with_kvcache(
         cache_leftpad: int32 (b,), index of the first valid key; not with block_table.
         block_table: int32 (b, max_blocks), the pages of each sequence.
         rotary_interleaved: turn pairs (0, 1), (2, 3), ... instead of (t, t + rotary_dim / 2).
-        num_splits: hint, at most 128, that does not change the result.
+        num_splits: programs that share the keys of one sequence, at most 128; 0: as many as fill the device.
         return_softmax_lse: return (out, softmax_lse).
         The other arguments are those of `flash_attn_func`.
 
@@ -333,13 +333,21 @@ def flash_attn_with_kvcache(
         )
     if isinstance(cache_seqlens, int):
         cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=k_cache.device)
+    if k is not None or block_table is not None:
+        k, v, rotary_cos, rotary_sin, block_table = map(maybe_contiguous, (k, v, rotary_cos, rotary_sin, block_table))
     left, right = window_size
     out, lse = flash_attn_gpu.fwd_kvcache(
-        *(maybe_contiguous(x) for x in (q, k_cache, v_cache, k, v)),
+        maybe_contiguous(q),
+        k_cache,
+        v_cache,
+        k,
+        v,
         cache_seqlens,
-        *(maybe_contiguous(x) for x in (rotary_cos, rotary_sin, cache_batch_idx)),
+        rotary_cos,
+        rotary_sin,
+        maybe_contiguous(cache_batch_idx),
         cache_leftpad,
-        maybe_contiguous(block_table),
+        block_table,
         alibi_slopes,
         None,
         q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,

@@ -60,7 +60,7 @@ class SplitPlan:
         p, parts, parts_lse = self._problem, None, None
         if self._splits.launched > 1:
             rows = self._grid[0] * self._rows
-            parts = torch.empty(rows * p.head_dim_v, dtype=torch.float32, device=p.device)
+            parts = torch.empty((rows, p.head_dim_v), dtype=torch.float32, device=p.device)
             parts_lse = torch.empty(rows, dtype=torch.float32, device=p.device)
         v = x.v.view(torch.int16) if self._is_paired else x.v
         tensors = (
