@@ -108,6 +108,26 @@ def test_dq_rows_keep_dq_in_registers(head_dim, kind):
         assert between_waits(loop, "MUFU.EX2") >= tile.block_n // 2, "the wait for dP moved above the exponentials"
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "length", "band", "is_deterministic", "expected"),
+    [
+        (128, 512, (-1, -1), False, True),
+        (128, 1024, (-1, -1), False, False),
+        (128, 1024, (-1, 0), False, True),
+        (128, 8192, (100, 0), False, True),
+        (128, 8192, (-1, 0), False, False),
+        (128, 8192, (-1, 0), True, True),
+        (64, 1024, (-1, -1), False, True),
+        (256, 8192, (-1, -1), False, True),
+    ],
+)
+def test_dq_has_its_own_kernel_where_that_is_faster_or_asked_for(head_dim, length, band, is_deterministic, expected):
+    x = torch.empty(1, length, 1, head_dim, dtype=torch.bfloat16)
+    inputs = AttentionInputs(x, x, x, 1.0)
+    problem = describe(inputs, length, length, *band, is_backward=True, is_deterministic=is_deterministic)
+    assert hopper.is_split(problem) == expected
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ENDS)
 def test_ends_of_the_backward_pass_move_16_bytes_at_a_time(name, kind):

@@ -53,12 +53,13 @@ FORWARD = {
     # 128 keys do not fit the registers, a second stage of queries not the shared memory.
     "256": ForwardTile(64, 2, 1, 2, 240, 24),
 }
-# A kernel for dq computes 7 products instead of 5, but needs no accumulator in memory, whose sums go at 1.7 TB/s.
+# A kernel of dq's own makes 7 products of 5, but no sums in memory: none to clear, to add to and to round. So it is
+# faster for short sequences, and a repeatable dq costs up to 11 % for long ones.
 BACKWARD = {
-    # Tiles of 128 queries: 473 against 392 TFLOP/s with 64 at 8,192 keys, since products of 64 rows wait for memory.
+    # Tiles of 128 queries: 444 against 383 TFLOP/s with 64 at 8,192 keys.
     64: BackwardTile(128, 128, 1024, 240, 24, spills=32),
     128: BackwardTile(64, 128, 512, 240, 24, spills=16),
-    # One kernel for all three would add to the accumulator twice as often: 243 TFLOP/s against 436.
+    # One kernel for all three, with its tiles of 64 keys, adds to dq twice as often: 243 TFLOP/s against 436.
     256: BackwardTile(64, 64, 0, 240, 24, is_wide=True),
 }
 DQ = {
