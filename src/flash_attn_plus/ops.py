@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flash_attn_plus import env
 from flash_attn_plus.checks import check_arguments, check_values
+from flash_attn_plus.dispatch import may_skip_dispatcher
 from flash_attn_plus.errors import InvalidArgument
 from flash_attn_plus.problem import AttentionInputs, AttentionProblem, describe
 from flash_attn_plus.selection import choose, state
@@ -260,5 +261,19 @@ _library.impl("backward", backward_into, "CompositeExplicitAutograd")
 torch.library.register_fake("flash_attn_plus::forward", _forward_fake, lib=_library)
 torch.library.register_fake("flash_attn_plus::backward", _backward_fake, lib=_library)
 
-forward = torch.ops.flash_attn_plus.forward.default
-backward = torch.ops.flash_attn_plus.backward.default
+_forward_operator = torch.ops.flash_attn_plus.forward.default
+_backward_operator = torch.ops.flash_attn_plus.backward.default
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """(out, lse) by the operator; the arguments are those of its schema."""
+    if not torch.compiler.is_compiling() and may_skip_dispatcher(q, k, v):
+        return _forward(q, k, v, *rest)
+    return _forward_operator(q, k, v, *rest)
+
+
+def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest) -> Tensor:
+    """delta, with gradients written into dq, dk and dv, by the operator; the arguments are those of its schema."""
+    if not torch.compiler.is_compiling() and may_skip_dispatcher(dout, q, k, v):
+        return backward_into(dout, q, k, v, *rest)
+    return _backward_operator(dout, q, k, v, *rest)
