@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from demo import text
+from demo import text, weights
 from demo.attention import CONTENDERS
 from demo.memory import Peaks, attention_peak, can_measure
 from demo.model import Size, generate
@@ -115,6 +115,8 @@ def main() -> int:
     print_comparison(runs, memory)
     agreed = losses_agree(runs, plan.dtype)
     draw(plan, runs, memory, memory_device)
+    weights.save(runs["flash_attn"].model, plan.size, weights.PATH)
+    print(f"weights: {weights.PATH} (python -m examples.generate writes with them)")
     print("\nThe model trained on flash_attn continues 'def ':\n")
     with plan.autocast():
         print(generate(runs["flash_attn"].model, b"def ", 300, plan.size.seqlen, temperature=0.7, seed=plan.seed))
