@@ -10,7 +10,9 @@ FILE_LINES = 500
 HOST_LINES = 60
 KERNEL_LINES = 120
 LIBRARY = python_files(ENGINE, MODULES, DROPIN)
-EVERYTHING = python_files(*(ROOT / name for name in ("src", "dropin", "demo", "benchmarks", "examples", "tests", "tools")))
+EVERYTHING = python_files(
+    *(ROOT / name for name in ("src", "dropin", "demo", "benchmarks", "examples", "tests", "tools"))
+)
 TEXTS = [p for p in ROOT.iterdir() if p.suffix in {".md", ".toml", ".txt"} or p.name in {"Makefile", "LICENSE"}]
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work|home|root|Users|mnt)/\w")
 UNFINISHED = re.compile(r"\b(?:TO(?:DO)|FIX(?:ME)|XX(?:X)|HA(?:CK))\b|^\s*#\s*@\w")
