@@ -93,3 +93,11 @@ def test_float32_fits(target: str):
     for launch in launches(target, 64, causal=True, dtype=torch.float32):
         found = report(compile_launch(launch, target))
         assert found.shared <= SHARED_MEMORY[target]
+
+
+@pytest.mark.parametrize(("precision", "is_on_tensor_cores"), [("ieee", False), ("tf32", True), ("tf32x3", True)])
+def test_the_precision_of_float32_chooses_the_products(precision: str, is_on_tensor_cores: bool, monkeypatch):
+    monkeypatch.setenv("FLASH_ATTENTION_FP32_PRECISION", precision)
+    launch = launches("cuda:80", 64, causal=False, dtype=torch.float32)[0]
+    assembly = report(compile_launch(launch, "cuda:80")).assembly
+    assert ("HMMA.1688.F32.TF32" in assembly) == is_on_tensor_cores
