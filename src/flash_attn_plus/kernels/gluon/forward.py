@@ -16,47 +16,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flash_attn_plus.kernels.gluon import softmax
-from flash_attn_plus.kernels.gluon.hopper import load_tile, new_barriers, new_ring, store_tile
-from flash_attn_plus.kernels.gluon.query_tiles import Queries, Work, fill_keys
-from flash_attn_plus.kernels.gluon.tiles import draw, new_mailbox
-
-
-@gluon.jit
-def _producer(q_desc, k_desc, v_desc, queries, keys, values, mailbox, work, group, counter_ptr):
-    """One warp: hand out tiles, copy in their queries and then keys and values, right to left."""
-    BLOCK_M: gl.constexpr = queries.tiles.shape[1]
-    BLOCK_N: gl.constexpr = keys.tiles.shape[1]
-    CONSUMERS: gl.constexpr = work.ROWS // BLOCK_M
-    tiles = work.count()
-    tile = gl.program_id(0)
-    sent = 0
-    copied = 0
-    while tile < tiles:
-        batch, head, row0, q_start, k_start, band = work.locate(tile)
-        if row0 < band.len_q:
-            mailbox.send(sent, (batch, head, row0, q_start, band.len_q, band.len_k))
-            for w in gl.static_range(CONSUMERS):
-                slot = queries.slot(sent, w, CONSUMERS)
-                mbarrier.wait(queries.empty.index(slot), queries.phase(sent, CONSUMERS) ^ 1)
-                mbarrier.expect(queries.full.index(slot), q_desc.block_type.nbytes)
-                row = row0 + w * BLOCK_M
-                full = queries.full.index(slot)
-                load_tile(q_desc, batch, q_start, band.len_q, head, row, full, queries.tiles.index(slot))
-            first, _, _, end = band.key_tiles(row0, work.ROWS, BLOCK_N)
-            head_k = head // group
-            col0 = (end - 1) * BLOCK_N
-            fill_keys(copied, k_desc, v_desc, keys, values, batch, k_start, band.len_k, head_k, col0)
-            tile = draw(tile, tiles, counter_ptr)  # here the counter's latency is hidden
-            for i in range(1, end - first):
-                col0 -= BLOCK_N
-                fill_keys(copied + i, k_desc, v_desc, keys, values, batch, k_start, band.len_k, head_k, col0)
-            copied += end - first
-            sent += 1
-        else:
-            tile = draw(tile, tiles, counter_ptr)
-    mailbox.send(sent, (-1, 0, 0, 0, 0, 0))
-    keys.drain(copied)
-    values.drain(copied)
+from flash_attn_plus.kernels.gluon.hopper import new_barriers, new_ring, store_tile
+from flash_attn_plus.kernels.gluon.query_tiles import Queries, Work, producer
+from flash_attn_plus.kernels.gluon.tiles import new_mailbox
 
 
 @gluon.jit
@@ -170,8 +132,8 @@ def attention_forward_kernel(
                          scale, 0)),
             (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work,
                          scale, 1)),
-            (_producer, (q_desc, k_desc, v_desc, queries, keys, values, mailbox, work, group,
-                         counter_ptr)),
+            (producer, (q_desc, None, k_desc, v_desc, queries, None, keys, values, mailbox, work, group,
+                        counter_ptr, -1)),
         ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
@@ -181,6 +143,6 @@ def attention_forward_kernel(
                          scale, 1)),
             (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work,
                          scale, 2)),
-            (_producer, (q_desc, k_desc, v_desc, queries, keys, values, mailbox, work, group,
-                         counter_ptr)),
+            (producer, (q_desc, None, k_desc, v_desc, queries, None, keys, values, mailbox, work, group,
+                        counter_ptr, -1)),
         ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip

@@ -2,10 +2,11 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flash_attn_plus.kernels.gluon.band import Band, span
 from flash_attn_plus.kernels.gluon.hopper import load_tile, record
-from flash_attn_plus.kernels.gluon.tiles import place
+from flash_attn_plus.kernels.gluon.tiles import draw, place
 
 
 @record
@@ -71,9 +72,51 @@ class Queries:
 
 
 @gluon.jit
-def fill_keys(i, k_desc, v_desc, keys, values, batch, start, length, head, col0):
+def _fill_keys(i, k_desc, v_desc, keys, values, batch, start, length, head, col0):
     """Copy in the i-th tiles of K and V."""
     full = keys.acquire(i, k_desc.block_type.nbytes)
     load_tile(k_desc, batch, start, length, head, col0, full, keys.tile(i))
     full = values.acquire(i, v_desc.block_type.nbytes)
     load_tile(v_desc, batch, start, length, head, col0, full, values.tile(i))
+
+
+@gluon.jit
+def producer(q_desc, do_desc, k_desc, v_desc, queries, do_tiles, keys, values, mailbox, work, group, counter_ptr,
+             STEP: gl.constexpr):  # fmt: skip
+    """One warp: hand out tiles, copy in their rows of Q, and of dO, and then keys and values, by STEP tiles a time."""
+    BLOCK_M: gl.constexpr = queries.tiles.shape[1]
+    BLOCK_N: gl.constexpr = keys.tiles.shape[1]
+    CONSUMERS: gl.constexpr = work.ROWS // BLOCK_M
+    BYTES: gl.constexpr = q_desc.block_type.nbytes if do_desc is None else 2 * q_desc.block_type.nbytes
+    tiles = work.count()
+    tile = gl.program_id(0)
+    sent = 0
+    copied = 0
+    while tile < tiles:
+        batch, head, row0, q_start, k_start, band = work.locate(tile)
+        if row0 < band.len_q:
+            mailbox.send(sent, (batch, head, row0, q_start, band.len_q, band.len_k))
+            for w in gl.static_range(CONSUMERS):
+                slot = queries.slot(sent, w, CONSUMERS)
+                mbarrier.wait(queries.empty.index(slot), queries.phase(sent, CONSUMERS) ^ 1)
+                mbarrier.expect(queries.full.index(slot), BYTES)
+                row = row0 + w * BLOCK_M
+                full = queries.full.index(slot)
+                load_tile(q_desc, batch, q_start, band.len_q, head, row, full, queries.tiles.index(slot))
+                if do_desc is not None:
+                    load_tile(do_desc, batch, q_start, band.len_q, head, row, full, do_tiles.index(slot))
+            first, _, _, end = band.key_tiles(row0, work.ROWS, BLOCK_N)
+            head_k = head // group
+            col0 = (first if STEP > 0 else end - 1) * BLOCK_N
+            _fill_keys(copied, k_desc, v_desc, keys, values, batch, k_start, band.len_k, head_k, col0)
+            tile = draw(tile, tiles, counter_ptr)  # here the counter's latency is hidden
+            for i in range(1, end - first):
+                col0 += STEP * BLOCK_N
+                _fill_keys(copied + i, k_desc, v_desc, keys, values, batch, k_start, band.len_k, head_k, col0)
+            copied += end - first
+            sent += 1
+        else:
+            tile = draw(tile, tiles, counter_ptr)
+    mailbox.send(sent, (-1, 0, 0, 0, 0, 0))
+    keys.drain(copied)
+    values.drain(copied)
