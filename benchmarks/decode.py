@@ -1,7 +1,7 @@
 """Decode steps over a key/value cache on a GPU: time under CUDA-graph replay, and the host's time of an eager call.
 
 bf16, random data, one query token unless told; the rate counts the bytes of keys and values that a step must read.
-A cold cache: what the replay needs is flushed from the device's cache before each. No number for a wrong result.
+The cache is cold: what the replay needs is flushed from the device's cache before each. No number for a wrong result.
 """
 
 import argparse
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--out", help="folder of the results file; default benchmarks/results")
     options = parser.parse_args()
     folder = RESULTS if options.out is None else RESULTS.__class__(options.out)
-    record = Record(folder / f"{options.name}.json", torch.cuda.get_device_name(), [["decode", "replay"]])
+    record = Record(folder / f"{options.name}.json", torch.cuda.get_device_name(), [])
     host(record)
     contexts(record)
     layouts(record)
