@@ -81,10 +81,10 @@ def configs(p: AttentionProblem, device: Device) -> list[DecodeConfig]:
 
 
 def _bytes(p: AttentionProblem, c: DecodeConfig) -> int:
-    """Shared memory of the split kernel: the stages of keys and values, the queries, and a tile of weights."""
+    """Shared memory of the split kernel: the stages of keys and values, and a tile of rows on its way to a product."""
     width = _padded(p.head_dim) + _padded(p.head_dim_v)
-    size = (p.cache_dtype or p.dtype).itemsize
-    return max(c.num_stages - 1, 1) * c.block_n * width * size + c.block_m * (width + c.block_n) * p.dtype.itemsize
+    stages = max(c.num_stages - 1, 1) * c.block_n * width * (p.cache_dtype or p.dtype).itemsize
+    return stages + c.block_m * max(width, c.block_n) * p.dtype.itemsize
 
 
 def _padded(n: int) -> int:
