@@ -1,0 +1,80 @@
+"""Decode steps on a GPU: captured into graphs, without waiting for the device, bit by bit as in eager mode."""
+
+import pytest
+import torch
+
+from flash_attn_plus import attention_with_kvcache
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+LENGTHS = (900, 17, 0, 1000)
+
+
+def step_over(capacity, page=0, dtype=torch.bfloat16):
+    """A decode step with append and rotary over caches of the given capacity, and what it writes into."""
+    generator = torch.Generator("cuda").manual_seed(3)
+    draw = lambda *shape: torch.randn(shape, device="cuda", generator=generator).to(dtype)  # noqa: E731
+    q, k, v = draw(4, 1, 8, 64), draw(4, 1, 2, 64), draw(4, 1, 2, 64)
+    angles = torch.randn(4096, 16, device="cuda", generator=generator)
+    rows = draw(2, 4, 1024, 2, 64)
+    caches = torch.full((2, 4, capacity, 2, 64), torch.nan, device="cuda", dtype=dtype)
+    caches[:, :, :1024] = rows
+    options = {"cache_seqlens": torch.tensor(LENGTHS, device="cuda", dtype=torch.int32), "causal": True}
+    options |= {"rotary_cos": angles.cos().to(dtype), "rotary_sin": angles.sin().to(dtype)}
+    k_cache, v_cache = caches
+    if page:
+        options["block_table"] = torch.arange(4 * capacity // page, device="cuda", dtype=torch.int32).view(4, -1)
+        k_cache, v_cache = (x.view(-1, page, 2, 64) for x in (k_cache, v_cache))
+    return lambda: attention_with_kvcache(q, k_cache, v_cache, k, v, return_lse=True, **options), caches
+
+
+def captured(step):
+    """What replays the step, and its results."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
+
+
+@pytest.mark.parametrize("page", [0, 1, 16, 256])
+def test_a_graph_replays_what_eager_mode_computes(page):
+    step, _ = step_over(1024, page)
+    eager = step()
+    graph, results = captured(step)
+    for x in results:
+        x.fill_(torch.nan)
+    graph.replay()
+    for x, y in zip(results, eager, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("page", [0, 16])
+def test_a_graph_over_a_larger_cache_changes_no_bit(page):
+    eager = step_over(1024, page)[0]()
+    graph, results = captured(step_over(4096, page)[0])
+    graph.replay()
+    for x, y in zip(results, eager, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("page", [0, 16])
+def test_nothing_waits_for_the_device(page):
+    step, _ = step_over(1024, page)
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_repeats_are_bitwise_equal():
+    step, _ = step_over(1024)
+    first = step()
+    for _ in range(50):
+        for x, y in zip(step(), first, strict=True):
+            assert torch.equal(x, y)
