@@ -10,10 +10,12 @@ BENCH_ARGS ?=
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
 READY :=
+DOCS_READY :=
 export PYTHONPATH := $(CURDIR)/src:$(CURDIR)/dropin/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.docs-ready
 endif
 
 # Two processes of one thread each beat one of two threads: the Triton interpreter is bound by Python.
@@ -30,7 +32,7 @@ ECOSYSTEM_REQUIREMENTS := requirements-ecosystem.txt $(wildcard tests/ecosystem/
 HF_TESTS := $(wildcard tests/ecosystem/test_transformers*.py) tests/models/test_against_transformers.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format test-gpu test-ecosystem bench readme clean
+.PHONY: help setup demo test check format test-gpu test-ecosystem bench readme docs clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -95,8 +97,15 @@ test-ecosystem: $(ECOSYSTEM)/.ready ## real programs that import flash_attn, on 
 bench: $(READY) ## measure: SUITE=cpu (default), gpu or fused, with BENCH_ARGS; results go into benchmarks/results
 	$(PY) -m benchmarks.$(SUITE) $(BENCH_ARGS)
 
-readme: $(READY) ## regenerate the README's tables from benchmarks/results
-	$(PY) tools/readme_tables.py
+readme: $(READY) ## regenerate the tables of both READMEs from benchmarks/results and the support matrix
+	$(PY) -m tools.readme_tables
+
+docs: $(DOCS_READY) ## build the documentation into site/, with tables and plots from benchmarks/results
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+$(VENV)/.docs-ready: $(READY) requirements-docs.txt
+	$(PY) -m pip install --quiet -r requirements-docs.txt
+	touch $@
 
 clean: ## remove .venv, .venv-ecosystem and everything generated
-	rm -rf $(VENV) $(ECOSYSTEM) build dist demo-results .pytest_cache .ruff_cache .mypy_cache src/*.egg-info dropin/src/*.egg-info
+	rm -rf $(VENV) $(ECOSYSTEM) build dist site demo-results .pytest_cache .ruff_cache .mypy_cache src/*.egg-info dropin/src/*.egg-info

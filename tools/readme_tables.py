@@ -1,84 +1,62 @@
-"""Fill the README's results section from benchmarks/results/*.json, the only place its numbers come from.
+"""Fill the generated parts of README.md and README_CN.md: the support matrix and one table of benchmarks.
 
-A results file is shown when it says so: {"readme": [[suite, metric], ...], "device": str, "versions": {name: version},
-"rows": [row, ...]} with rows of {"suite", "case", "provider", "metric", "value", "unit"}; "readme" chooses and orders
-its tables. Files without "readme" are data only, and without any to show the section is empty.
+Numbers come from benchmarks/results only, through `tools.results`, the matrix from the tests' through `tools.support`.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results"
-BEGIN = "<!-- results: written by `make readme` from benchmarks/results; do not edit -->"
-END = "<!-- end of results -->"
+from tools import results, support
 
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    if value == 0 or abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
+# file -> language
+READMES = {results.ROOT / "README.md": "en", results.ROOT / "README_CN.md": "zh"}
+MARKS = {
+    "matrix": ("<!-- matrix: written by `make readme`; do not edit -->", "<!-- end of matrix -->"),
+    "results": ("<!-- results: written by `make readme`; do not edit -->", "<!-- end of results -->"),
+}
+MEASURED = {"en": "Measured on {}.", "zh": "测量环境：{}。"}  # noqa: RUF001 - Chinese punctuation
 
 
-def _table(rows: list[dict[str, Any]], suite: str, metric: str) -> list[str]:
-    """One Markdown table, cases down and providers across, in the order in which they were measured."""
-    chosen = [row for row in rows if (row["suite"], row["metric"]) == (suite, metric)]
-    if not chosen:
-        raise KeyError(f'no row of suite {suite!r} has metric {metric!r}; mend the results file\'s "readme" list')
-    (unit,) = {row["unit"] for row in chosen}
-    providers = list(dict.fromkeys(row["provider"] for row in chosen))
-    cells: dict[str, dict[str, float | None]] = {}
-    for row in chosen:
-        cells.setdefault(row["case"], {})[row["provider"]] = row["value"]
-    return [
-        f"| {suite}, {metric} ({unit}) | {' | '.join(providers)} |",
-        f"| --- |{' --: |' * len(providers)}",
-        *(
-            f"| {case} | {' | '.join(_number(values.get(provider)) for provider in providers)} |"
-            for case, values in cells.items()
-        ),
-    ]
+def benchmarks(files: list[results.Results], language: str) -> list[str]:
+    """Attention, forward and backward in one table, and where it was measured; nothing when it was not."""
+    try:
+        shown = results.find("attention", "forward", files)
+    except KeyError:
+        return []
+    table = results.table(shown, "attention", ["forward", "backward"])
+    return [*table, "", MEASURED[language].format(shown.origin())]
 
 
-def section(folder: Path) -> str:
-    """The text between the markers: a heading and the tables of each results file; empty when none is shown."""
-    lines: list[str] = []
-    for path in sorted(folder.glob("*.json")):
-        results = json.loads(path.read_text(encoding="utf-8"))
-        if not results.get("readme"):
-            continue
-        versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-        lines += ["", f"Measured on {results['device']} ({versions}), `benchmarks/results/{path.name}`:"]
-        for suite, metric in results["readme"]:
-            lines += ["", *_table(results["rows"], suite, metric)]
-    return "\n".join(["## Numbers", *lines, ""]) if lines else ""
+def filled(text: str, parts: dict[str, list[str]]) -> str:
+    """The text with the lines between each pair of marks replaced."""
+    for name, lines in parts.items():
+        begin, end = MARKS[name]
+        before, rest = text.split(begin + "\n")
+        _, after = rest.split(end)
+        inside = "\n".join(["", *lines, "", ""]) if lines else ""
+        text = f"{before}{begin}\n{inside}{end}{after}"
+    return text
 
 
-def filled(readme: str, folder: Path) -> str:
-    """The README with its results section regenerated."""
-    before, rest = readme.split(BEGIN + "\n")
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{section(folder)}{END}{after}"
+def current(path: Path) -> str:
+    """What the file should be."""
+    language, text = READMES[path], path.read_text(encoding="utf-8")
+    parts = {"matrix": support.table(language), "results": benchmarks(results.load(), language)}
+    return filled(text, parts)
 
 
 def main() -> int:
-    """Write the README, or with --check only say whether it is up to date."""
+    """Write both, or with --check only say whether they are up to date."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the README is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when one is out of date")
     check = parser.parse_args().check
-    old = README.read_text(encoding="utf-8")
-    new = filled(old, RESULTS)
-    if check:
-        print("README.md is up to date" if new == old else "README.md is out of date: run `make readme`")
-        return int(new != old)
-    README.write_text(new, encoding="utf-8")
-    return 0
+    stale = [path for path in READMES if current(path) != path.read_text(encoding="utf-8")]
+    for path in stale:
+        print(f"{path.name} is out of date: run `make readme`")
+        if not check:
+            path.write_text(current(path), encoding="utf-8")
+    return int(check and bool(stale))
 
 
 if __name__ == "__main__":
