@@ -7,8 +7,8 @@ try:  # none of these is public; without one of them every call goes through the
     _modes = torch._C._len_torch_dispatch_stack
     _transforms = torch._C._functorch.peek_interpreter_stack
     _tracing = torch._C._get_tracing_state
-    _is_profiled = torch._C._autograd._profiler_enabled
-    _CAN_TELL = True
+    _profiler = torch.autograd.profiler
+    _CAN_TELL = isinstance(_profiler._is_profiler_enabled, bool)
 except AttributeError:
     _CAN_TELL = False
 
@@ -18,7 +18,9 @@ def may_skip_dispatcher(*tensors: Tensor) -> bool:
 
     Tensors that need gradients go through the operator too, which knows none.
     """
-    if not _CAN_TELL or _modes() or _transforms() is not None or _tracing() is not None or _is_profiled():
+    if not _CAN_TELL or _modes() or _transforms() is not None or _tracing() is not None:
+        return False
+    if _profiler._is_profiler_enabled:
         return False
     if any(type(x) is not Tensor for x in tensors):
         return False

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flash_attn_plus import cache_append, checks, device, env, ops
 from flash_attn_plus.cache_checks import CacheCall, check_call, check_values
+from flash_attn_plus.dispatch import may_skip_dispatcher
 from flash_attn_plus.functional import window_bounds
 from flash_attn_plus.fused.path import uses_triton
 from flash_attn_plus.problem import AttentionInputs
@@ -78,9 +79,12 @@ def attention_with_kvcache(
 
 def attend(c: CacheCall) -> tuple[Tensor, Tensor]:
     """(out, LSE) of a call whose numbers are resolved."""
-    if torch.compiler.is_compiling():
-        return torch.ops.flash_attn_plus.attend_cache(*c)
-    return run(c)
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return attend(c)
+    if not torch.compiler.is_compiling() and may_skip_dispatcher(c.q, c.k_cache, c.v_cache):
+        return run(c)
+    return torch.ops.flash_attn_plus.attend_cache(*c)
 
 
 class _Plan:
@@ -140,10 +144,7 @@ _TENSORS = CacheCall._fields.index("softmax_scale")  # the fields before it
 
 
 def run(c: CacheCall) -> tuple[Tensor, Tensor]:
-    """What `attend` does, in eager mode."""
-    if torch.is_grad_enabled():
-        with torch.no_grad():
-            return run(c)
+    """What `attend` does, in eager mode and without gradients."""
     alignment = 0
     if c.q.is_cuda or c.v_cache.dtype != c.q.dtype:
         alignment = (c.q.data_ptr() | c.k_cache.data_ptr() | c.v_cache.data_ptr()) & 15

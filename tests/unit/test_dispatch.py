@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch._C._profiler import _ExperimentalConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_attn_plus import attention, ops
+from flash_attn_plus import attention, attention_with_kvcache, ops
 
 
 class Listener(TorchDispatchMode):
@@ -51,8 +52,10 @@ def test_a_mode_hears_of_forward_and_backward():
     assert "flash_attn_plus.backward.default" in listener.heard
 
 
-def test_a_profiler_hears_of_it():
-    with torch.profiler.profile() as profile:
+@pytest.mark.parametrize("sees_all_threads", [False, True])
+def test_a_profiler_hears_of_it(sees_all_threads):
+    options = _ExperimentalConfig(profile_all_threads=sees_all_threads)
+    with torch.profiler.profile(experimental_config=options) as profile:
         attention(*inputs())
     assert "flash_attn_plus::forward" in {event.name for event in profile.events()}
 
@@ -77,3 +80,19 @@ def test_tensors_that_need_gradients_go_through_the_operator():
     out, _ = ops.forward(q, k, v, None, None, 0, 0, None, None, None, None, None, 0.0, 0.25, -1, -1, 0.0)
     with pytest.warns(UserWarning, match="flash_attn_plus::forward: an autograd kernel was not registered"):
         out.sum().backward()
+
+
+def test_a_cache_call_is_heard_of_too():
+    q, *cache = torch.randn(1, 1, 2, 16), *torch.randn(2, 1, 8, 2, 16).unbind()
+    with Listener() as listener:
+        out = attention_with_kvcache(q, *cache, cache_seqlens=5)
+    assert "flash_attn_plus.attend_cache.default" in listener.heard
+    assert torch.equal(out, attention_with_kvcache(q, *cache, cache_seqlens=5))
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) for x in (q, *cache)]
+        assert attention_with_kvcache(*fake, cache_seqlens=5).shape == q.shape
+
+
+def test_a_cache_call_gives_no_gradients():
+    q, cache = torch.randn(1, 1, 2, 16, requires_grad=True), torch.randn(2, 1, 8, 2, 16)
+    assert not attention_with_kvcache(q, *cache, cache_seqlens=5).requires_grad
