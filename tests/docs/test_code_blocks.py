@@ -77,7 +77,7 @@ def check_command(words: list[str]) -> None:
     elif program == "pip":
         check_pip(arguments)
     else:
-        assert program in ("git", "cd"), f"{program} is no command that the documents may show"
+        assert program in ("git", "cd", "venv"), f"{program} is no command that the documents may show"
 
 
 def check_pip(arguments: list[str]) -> None:
