@@ -120,6 +120,7 @@ def draw(name: str, scheme: str, files: list[Results]) -> bytes:
     settings = {"font.size": 10, "svg.fonttype": "none", "svg.hashsalt": name, "axes.titlepad": 10}
     with plt.rc_context(settings):
         figure, panels = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+        figure.get_layout_engine().set(h_pad=0.1)
         axes = list(panels.flat)
         paint(files, axes)
         for place in axes:

@@ -10,18 +10,6 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks" / "results"
-# Which `make bench` makes the numbers of a suite.
-COMMANDS = {
-    "attention": "make bench SUITE=gpu",
-    "host": "make bench SUITE=gpu",
-    "first call": "make bench SUITE=gpu",
-    "cpu": "make bench",
-    "decode": "make bench SUITE=decode",
-    "rms_norm": "make bench SUITE=fused",
-    "layer_norm": "make bench SUITE=fused",
-    "cross_entropy": "make bench SUITE=fused",
-    "rotary": "make bench SUITE=fused",
-}
 
 
 class Row(NamedTuple):
