@@ -20,11 +20,11 @@ def check(name: str, out: Tensor, q: Tensor, k: Tensor, v: Tensor, visible: Tens
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2)
     rows = torch.ones_like(out[..., 0, 0], dtype=torch.bool) if rows is None else rows
-    torch.testing.assert_close(out[rows], expected[rows])
+    out, expected = out[rows], expected[rows]
+    difference = ((out - expected).norm() / expected.norm()).item()
+    assert difference < (0.02 if out.dtype == torch.bfloat16 else 1e-5), "more than rounding"
     share = visible.float().mean().item()
-    print(
-        f"{name:<28} {share:>4.0%} of the scores visible, largest difference {(out - expected)[rows].abs().max():.1e}"
-    )
+    print(f"{name:<28} {share:>4.0%} of the scores visible, difference {difference:.1e}")
 
 
 def main() -> None:

@@ -67,9 +67,10 @@ def main() -> None:
         out = model(x)
         (gradient,) = torch.autograd.grad(out.float().square().mean(), [model.qkv.weight])
         results[name] = (out, gradient)
-        parts = [(a - b).abs().max().item() for a, b in zip(results[name], results["SDPA"], strict=True)]
+        pairs = zip(results[name], results["SDPA"], strict=True)
+        parts = [((a - b).norm() / b.norm()).item() for a, b in pairs]
         print(f"{name:<16} output and gradient differ from SDPA's by {parts[0]:.1e} and {parts[1]:.1e}")
-        torch.testing.assert_close(results[name], results["SDPA"])
+        assert max(parts) < (0.02 if dtype == torch.bfloat16 else 1e-5), "more than rounding"
 
 
 if __name__ == "__main__":

@@ -6,11 +6,17 @@ python examples/variable_length.py
 import torch
 from flash_attn import flash_attn_varlen_func
 from flash_attn.bert_padding import pad_input, unpad_input
+from torch import Tensor
 
 from flash_attention import flash_attention
 
 HEADS, HEAD_DIM = 4, 32
 LENGTHS = [100, 7, 251, 1]
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether two results agree up to rounding."""
+    return bool((a - b).norm() <= (0.02 if a.dtype == torch.bfloat16 else 1e-5) * b.norm())
 
 
 def main() -> None:
@@ -29,7 +35,7 @@ def main() -> None:
     q, k, v = torch.cat(sequences, dim=1)
     starts = torch.tensor([0, *LENGTHS], device=device).cumsum(0, dtype=torch.int32)
     packed = flash_attn_varlen_func(q, k, v, starts, starts, max(LENGTHS), max(LENGTHS), causal=True)
-    torch.testing.assert_close(packed, expected)
+    assert close(packed, expected)
     print(f"packed: {len(q)} tokens computed; a padded batch would have {len(LENGTHS) * max(LENGTHS)}")
 
     # 3. Padded data with a mask, as tokenizers give it: unpad, attend, pad again.
@@ -37,19 +43,19 @@ def main() -> None:
     mask = torch.arange(max(LENGTHS), device=device) < torch.tensor(LENGTHS, device=device)[:, None]
     tokens, where, starts, longest, _ = unpad_input(padded, mask)
     out = flash_attn_varlen_func(*tokens.unbind(1), starts, starts, longest, longest, causal=True)
-    torch.testing.assert_close(pad_input(out, where, *mask.shape)[mask], expected)
+    assert close(pad_input(out, where, *mask.shape)[mask], expected)
     print(f"padded {tuple(padded.shape)}: unpadded to {len(tokens)} tokens and back")
 
     # 4. A list of tensors, in and out.
     listed = flash_attention(*(list(part) for part in zip(*by_heads, strict=True)), causal=True)
-    torch.testing.assert_close(torch.cat([x.transpose(0, 1) for x in listed]), expected)
+    assert close(torch.cat([x.transpose(0, 1) for x in listed]), expected)
     print("list:", ", ".join(str(tuple(x.shape)) for x in listed))
 
     # 5. A nested tensor, with gradients.
     offsets = starts.long()  # one for all three: that tells that their lengths are equal
     q, k, v = (torch.nested.nested_tensor_from_jagged(x, offsets).requires_grad_() for x in (q, k, v))
     nested = flash_attention(*(x.transpose(1, 2) for x in (q, k, v)), causal=True).transpose(1, 2)
-    torch.testing.assert_close(nested.values(), expected)
+    assert close(nested.values(), expected)
     nested.values().sum().backward()
     print(f"nested: values {tuple(nested.values().shape)}, gradient of q {tuple(q.grad.values().shape)}")
 
