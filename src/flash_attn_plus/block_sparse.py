@@ -7,7 +7,7 @@ from flash_attn_plus import ops
 from flash_attn_plus.autograd import dropout_state
 from flash_attn_plus.errors import InvalidArgument
 from flash_attn_plus.functional import as_length, autocast, window_bounds
-from flash_attn_plus.problem import AttentionInputs, AttentionProblem, describe
+from flash_attn_plus.problem import AttentionInputs, AttentionProblem, describe, resolve_scale
 
 _CALL = (
     "Tensor block_mask, SymInt block_q, SymInt block_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
@@ -163,7 +163,7 @@ def block_sparse_attention(
         )
     block_mask = block_mask[(None,) * (4 - block_mask.ndim)]
     left, right = window_bounds(window_size, causal)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scale = resolve_scale(softmax_scale, q)
     lengths = (
         as_length("max_seqlen_q", max_seqlen_q, cu_seqlens_q),
         as_length("max_seqlen_k", max_seqlen_k, cu_seqlens_k),

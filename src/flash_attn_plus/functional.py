@@ -7,7 +7,7 @@ from flash_attn_plus import ops
 from flash_attn_plus.autograd import Attention, dropout_state
 from flash_attn_plus.checks import check_arguments
 from flash_attn_plus.errors import InvalidArgument
-from flash_attn_plus.problem import AttentionProblem, describe
+from flash_attn_plus.problem import AttentionProblem, describe, resolve_scale
 from flash_attn_plus.selection import Explanation, explain_problem
 
 
@@ -91,8 +91,7 @@ def attention(
         NoBackend: no permitted backend serves the call; the message lists all reasons.
     """
     q, k, v = autocast(q, k, v)
-    if softmax_scale is None:
-        softmax_scale = q.shape[-1] ** -0.5
+    softmax_scale = resolve_scale(softmax_scale, q)
     left, right = window_bounds(window_size, causal)
     max_seqlen_q = as_length("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
     max_seqlen_k = as_length("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
@@ -136,7 +135,7 @@ def explain(
     options.pop("return_lse", None)
     scale = options.pop("softmax_scale", None)
     q, k, v = autocast(q, k, v)
-    inputs = ops.AttentionInputs(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, **numbers, **options)
+    inputs = ops.AttentionInputs(q, k, v, resolve_scale(scale, q), **numbers, **options)
     check_arguments(inputs)
     left, right = window_bounds(window_size, causal)
     return explain_problem(describe(inputs, max_seqlen_q, max_seqlen_k, left, right, backward, is_deterministic))

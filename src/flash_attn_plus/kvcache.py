@@ -1,6 +1,7 @@
 """Attention over a key/value cache: append in place, then attend, without waiting for the device."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from flash_attn_plus.cache_checks import CacheCall, check_call, check_values
 from flash_attn_plus.dispatch import may_skip_dispatcher
 from flash_attn_plus.functional import window_bounds
 from flash_attn_plus.fused.path import uses_triton
-from flash_attn_plus.problem import AttentionInputs
+from flash_attn_plus.problem import AttentionInputs, resolve_scale
 from flash_attn_plus.selection import state
 
 
@@ -70,7 +71,7 @@ def attention_with_kvcache(
     left, right = window_bounds(window_size, causal)
     call = CacheCall(
         q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table,
-        alibi_slopes, k_descale, v_descale, q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        alibi_slopes, k_descale, v_descale, resolve_scale(softmax_scale, q),
         left, right, softcap, rotary_interleaved, num_splits,
     )  # fmt: skip
     out, lse = attend(call)
@@ -87,11 +88,26 @@ def attend(c: CacheCall) -> tuple[Tensor, Tensor]:
     return torch.ops.flash_attn_plus.attend_cache(*c)
 
 
+def _inputs(c: CacheCall) -> AttentionInputs:
+    """The attention that follows an append, with the queries and lengths of before."""
+    batch, table, lengths = c.q.shape[0], c.block_table, c.cache_seqlens
+    keys, values = c.k_cache, c.v_cache
+    if table is None and c.cache_batch_idx is not None:
+        table = c.cache_batch_idx[:, None]  # a dense cache is a paged one with one page a sequence
+    if table is None and keys.shape[0] != batch:
+        keys, values = keys[:batch], values[:batch]
+    if table is not None and lengths is None:
+        lengths = torch.full((batch,), c.capacity, dtype=torch.int32, device=c.q.device)
+    return AttentionInputs(
+        c.q, keys, values, c.softmax_scale, c.softcap, 0.0, None, None, lengths,
+        c.cache_leftpad if table is None else None, table, c.alibi_slopes, None, c.k_descale, c.v_descale,
+    )  # fmt: skip
+
+
 class _Plan:
     """What calls that differ in their tensors' contents only have in common: checked once, launched alike."""
 
     def __init__(self, c: CacheCall):
-        self._is_paged = c.block_table is not None or c.cache_batch_idx is not None
         # Left padding has no paged form; 8-bit caches are read by Triton's kernels only.
         self._must_gather = c.cache_leftpad is not None and c.cache_batch_idx is not None
         is_wide = c.k_cache.dtype == c.q.dtype
@@ -100,26 +116,12 @@ class _Plan:
         self._append = cache_append.plan(c)
         self._is_debug = env.debug()
         self._reads_lengths = c.k is not None and (self._is_debug or c.q.device.type == "cpu")
-        check_call(c, self._inputs(c))
-
-    def _inputs(self, c: CacheCall) -> AttentionInputs:
-        batch, table, lengths = c.q.shape[0], c.block_table, c.cache_seqlens
-        keys, values = c.k_cache, c.v_cache
-        if table is None and c.cache_batch_idx is not None:
-            table = c.cache_batch_idx[:, None]  # a dense cache is a paged one with one page a sequence
-        if table is None and keys.shape[0] != batch:
-            keys, values = keys[:batch], values[:batch]
-        if table is not None and lengths is None:
-            lengths = torch.full((batch,), c.capacity, dtype=torch.int32, device=c.q.device)
-        return AttentionInputs(
-            c.q, keys, values, c.softmax_scale, c.softcap, 0.0, None, None, lengths,
-            c.cache_leftpad if table is None else None, table, c.alibi_slopes, None, c.k_descale, c.v_descale,
-        )  # fmt: skip
+        check_call(c, _inputs(c))
 
     def __call__(self, c: CacheCall) -> tuple[Tensor, Tensor]:
         if self._reads_lengths:
             check_values(c)
-        inputs = self._inputs(c)
+        inputs = _inputs(c)
         if c.k is not None:
             q, lengths = self._append(c, inputs.block_table)
             inputs = inputs._replace(q=q, seqused_k=lengths)
@@ -148,8 +150,9 @@ def run(c: CacheCall) -> tuple[Tensor, Tensor]:
     alignment = 0
     if c.q.is_cuda or c.v_cache.dtype != c.q.dtype:
         alignment = (c.q.data_ptr() | c.k_cache.data_ptr() | c.v_cache.data_ptr()) & 15
-    tensors = [x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in c[:_TENSORS]]
-    key = (*tensors, *c[_TENSORS:], alignment, state())
+    fields: tuple[Any, ...] = c
+    tensors = [x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in fields[:_TENSORS]]
+    key = (*tensors, *fields[_TENSORS:], alignment, state())
     plan = _plans.get(key)
     if plan is None:
         plan = _Plan(c)
@@ -175,6 +178,7 @@ def _operator(*arguments) -> tuple[Tensor, Tensor]:
 
 def _operator_fake(*arguments) -> tuple[Tensor, Tensor]:
     c = CacheCall(*arguments)
+    check_call(c, _inputs(c))
     return ops.allocate_outputs(c.q, c.v_cache, False)
 
 

@@ -186,3 +186,9 @@ def test_packed_call_needs_its_maximal_lengths():
 def test_refusals_are_runtime_and_value_errors():
     assert issubclass(InvalidArgument, RuntimeError)
     assert issubclass(InvalidArgument, ValueError)
+
+
+def test_a_head_dim_of_zero_is_refused_with_a_sentence():
+    q = torch.randn(1, 4, 2, 8)
+    with pytest.raises(InvalidArgument, match="head_dim must be positive"):
+        attention(q[..., :0], q[..., :0], q)

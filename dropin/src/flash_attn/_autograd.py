@@ -10,6 +10,7 @@ from flash_attn._softmax_dump import softmax_dump
 from flash_attn_plus import autograd, ops
 from flash_attn_plus.errors import InvalidArgument
 from flash_attn_plus.functional import as_length, window_bounds
+from flash_attn_plus.problem import resolve_scale
 
 DENSE = (None, None, 0, 0)
 _SHAPES = {
@@ -34,8 +35,7 @@ def _resolve(packing, tensors, sequences, softmax_scale, causal, window_size):
     if sequences[0] is not None:
         cu_q, cu_k, longest_q, longest_k = sequences
         sequences = (cu_q, cu_k, as_length("max_seqlen_q", longest_q, cu_q), as_length("max_seqlen_k", longest_k, cu_k))
-    if softmax_scale is None:
-        softmax_scale = tensors[0].shape[-1] ** -0.5
+    softmax_scale = resolve_scale(softmax_scale, tensors[0])
     return sequences, softmax_scale, *window_bounds(window_size, causal)
 
 

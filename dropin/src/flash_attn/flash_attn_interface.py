@@ -34,6 +34,7 @@ from flash_attn._ops import (
 )
 from flash_attn._softmax_dump import _get_block_size_n, round_multiple
 from flash_attn_plus.functional import autocast, separate
+from flash_attn_plus.problem import resolve_scale
 
 USE_TRITON_ROCM = False  # callers read it to skip what the original's AMD backend lacks; nothing is lacking here
 
@@ -350,7 +351,7 @@ def flash_attn_with_kvcache(
         block_table,
         alibi_slopes,
         None,
-        q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        resolve_scale(softmax_scale, q),
         causal,
         int(left),
         int(right),

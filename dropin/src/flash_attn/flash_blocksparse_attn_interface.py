@@ -7,6 +7,7 @@ from flash_attn_plus import autograd, block_sparse, ops
 from flash_attn_plus.dropout import keep_mask
 from flash_attn_plus.errors import InvalidArgument
 from flash_attn_plus.functional import as_length
+from flash_attn_plus.problem import resolve_scale
 
 BLOCK_SIZE = (16, 256)
 
@@ -46,7 +47,7 @@ def _forward(ctx, qkv, cu_seqlens, blockmask, dropout_p, max_s, softmax_scale, c
     qkv, max_s = ops.rows_last(qkv), as_length("max_s", max_s, cu_seqlens)
     blocks = _visible_blocks(blockmask, max_s)
     rng_state = autograd.dropout_state(qkv, dropout_p)
-    scale = qkv.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scale = resolve_scale(softmax_scale, qkv)
     ctx.call = BLOCK_SIZE, (max_s, max_s), (dropout_p, scale, -1, 0 if causal else -1, 0.0)
     tensors = qkv, blocks, cu_seqlens, rng_state
     out, lse = block_sparse.forward(*qkv.unbind(1), *_arguments(ctx, *tensors[1:]))
