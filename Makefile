@@ -94,7 +94,7 @@ test-ecosystem: $(ECOSYSTEM)/.ready ## real programs that import flash_attn, on 
 		tests/ecosystem/test_local_kernels.py $(PYTEST_ARGS) || status=1; \
 	exit $$status
 
-bench: $(READY) ## measure: SUITE=cpu (default), gpu or fused, with BENCH_ARGS; results go into benchmarks/results
+bench: $(READY) ## measure: SUITE=cpu (default), gpu, decode or fused, with BENCH_ARGS; results go into benchmarks/results
 	$(PY) -m benchmarks.$(SUITE) $(BENCH_ARGS)
 
 readme: $(READY) ## regenerate the tables of both READMEs from benchmarks/results and the support matrix
