@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from flash_attn_plus import InvalidArgument, attention
+from flash_attn_plus import InvalidArgument, attention_with_kvcache
 
 
 class KeyValueCache:
@@ -55,16 +55,15 @@ class KeyValueCache:
         """int64 (batch_size, tokens): where the next tokens stand."""
         return self.lengths.long()[:, None] + torch.arange(tokens, device=self.lengths.device)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, taken: Tensor | int, **options: Any) -> Tensor:
-        """Add k and v, (b, s, hk, d), at `positions`, and let each of q, (b, s, h, d), see what is not behind it.
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, taken: Tensor | int, **options: Any) -> Tensor:
+        """Add k and v, (b, s, hk, d), and let each of q, (b, s, h, d), see the tokens that are not behind it.
 
         Only the first `taken` of the s tokens (an int or int32 (b,)) stay; the next call writes over the others.
         """
-        sequence = torch.arange(k.shape[0], device=k.device)[:, None]
-        self.k[sequence, positions] = k.to(self.k.dtype)
-        self.v[sequence, positions] = v.to(self.v.dtype)
-        used = self.lengths + k.shape[1]
+        rows = (x.to(self.k.dtype) for x in (k, v))
+        out = attention_with_kvcache(
+            q.to(self.k.dtype), self.k, self.v, *rows, cache_seqlens=self.lengths, causal=True, **options
+        )
         self.lengths.add_(taken)
         self.bound += k.shape[1]
-        out = attention(q.to(self.k.dtype), self.k, self.v, causal=True, seqused_k=used, **options)
         return cast("Tensor", out).to(q.dtype)

@@ -149,6 +149,8 @@ class MultiHeadFlashAttention(nn.Module):
             raise InvalidArgument("cache needs causal=True: earlier tokens cannot see the new ones any more")
         if torch.is_grad_enabled() and (x.requires_grad or self.k_proj.weight.requires_grad):
             raise InvalidArgument("cache has no backward; call under torch.no_grad() or torch.inference_mode()")
+        if self.training and self.attention.dropout > 0.0:
+            raise InvalidArgument("cache has no dropout; call .eval() on the module before it generates")
         cache.check_room(*x.shape[:2])
 
     def _project(self, x: Tensor, source: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,12 +178,11 @@ class MultiHeadFlashAttention(nn.Module):
             order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)
             taken = keep.sum(1, dtype=torch.int32)
             x = x.take_along_dim(order[..., None], 1)
-        positions = cache.positions(x.shape[1])
-        q, k, v = self._project(x, x, positions if self.rotary_dim else None)
+        q, k, v = self._project(x, x, cache.positions(x.shape[1]) if self.rotary_dim else None)
         inner = self.attention
         out = cache.attend(
-            q, k, v, positions, taken, softmax_scale=inner.softmax_scale, window_size=inner.window_size,
-            softcap=inner.softcap, alibi_slopes=inner.alibi_slopes, dropout_p=inner.dropout if self.training else 0.0,
+            q, k, v, taken, softmax_scale=inner.softmax_scale, window_size=inner.window_size, softcap=inner.softcap,
+            alibi_slopes=inner.alibi_slopes,
         ).flatten(2)  # fmt: skip
         if order is None:
             return out

@@ -137,3 +137,9 @@ def test_refusals_name_the_argument():
         module(x, cache=cache)
         refused("room for 4 tokens a sequence, not for 3 behind the 3", x, cache=cache)
     assert cache.lengths.tolist() == [3, 3]
+
+
+def test_dropout_and_a_cache_do_not_go_together(tokens):
+    module = make(dropout=0.1).train()
+    with torch.no_grad(), pytest.raises(InvalidArgument, match="cache has no dropout"):
+        module(tokens[0][None], cache=module.make_cache(1, 12))
