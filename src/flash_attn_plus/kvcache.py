@@ -55,7 +55,8 @@ def attention_with_kvcache(
         block_table: int32 (b, max_blocks), the pages of each sequence.
         rotary_interleaved: turn pairs (0, 1), (2, 3), ... instead of (t, t + rotary_dim / 2).
         num_splits: programs that share the keys of one sequence, at most 128; 0: as many as fill the device.
-        k_descale, v_descale: float32 (), (hk,) or (b, hk): what float8_e4m3fn caches are multiplied with.
+        k_descale, v_descale: float32 (), (hk,) or (b, hk): what float8_e4m3fn caches are multiplied with. A NaN among
+            8-bit values may be read as 480, the number behind the largest; among keys it stays one.
         The other arguments are those of `attention`.
 
     Returns:

@@ -209,6 +209,20 @@ def test_a_cache_in_8_bits(backend, layout, shape, device):
 
 
 @BOTH
+def test_a_nan_is_not_lost_on_its_way_into_8_bits(backend, device):
+    setup = make("dense", "append", torch.float16, device, cache_dtype=E4M3)
+    setup.k[1, 2, 0, 5], setup.v[1, 2, 1, 7], setup.v[1, 2, 1, 8] = torch.nan, torch.nan, torch.inf
+    with use_backend(backend):
+        _, _, k_cache, v_cache = call(setup)
+    at = int(setup.options["cache_seqlens"][1]) + 2
+    assert v_cache[1, at, 1, 8].float() == 448.0
+    if is_interpreted(backend):
+        return  # Triton's interpreter knows no NaN of 8 bits
+    assert k_cache[1, at, 0].isnan().nonzero().flatten().tolist() == [5]
+    assert v_cache[1, at, 1].isnan().nonzero().flatten().tolist() == [7]
+
+
+@BOTH
 @pytest.mark.parametrize("layout", ["dense", "page16"])
 def test_a_larger_cache_changes_no_bit(backend, layout, device):
     setup = make(layout, "splits", torch.float16, device)

@@ -35,7 +35,7 @@ def _narrowed(x, descale_ptr, factor, kind: tl.constexpr, HAS_DESCALE: tl.conste
     if HAS_DESCALE:
         x = x / tl.load(descale_ptr + factor)
     if kind == tl.float8e4nv:
-        x = tl.minimum(tl.maximum(x, -448.0), 448.0)
+        x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     return x.to(kind)
 
 
