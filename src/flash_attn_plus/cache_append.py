@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flash_attn_plus.cache_checks import CacheCall
 from flash_attn_plus.fused.path import on_device, uses_triton
+from flash_attn_plus.tuning.config import power_of_two
 
 E4M3_MAX = 448.0
 
@@ -89,10 +90,6 @@ def _append_torch(c: CacheCall, table: Tensor | None) -> Appended:
     return Appended(q, lengths + c.new)
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
-
-
 class _TritonAppend:
     """The launch of calls that share shapes, strides and numbers."""
 
@@ -126,8 +123,8 @@ class _TritonAppend:
         heads, heads_k, d, dv = q.shape[2], k_cache.shape[2], q.shape[3], v.shape[3]
         half = c.rotary_cos.shape[1] if c.rotary_cos is not None else 0
         tokens, most_heads = (c.new + q.shape[1], heads) if half else (c.new, heads_k)
-        block_d, block_dv = _power_of_two(d), _power_of_two(dv)
-        block_h = min(_power_of_two(most_heads), max(1, 4096 // max(block_d, block_dv)))
+        block_d, block_dv = power_of_two(d), power_of_two(dv)
+        block_h = min(power_of_two(most_heads), max(1, 4096 // max(block_d, block_dv)))
         grid = (q.shape[0] * tokens, -(-most_heads // block_h))
         strides = (x.stride()[:3] for x in (k, v, k_cache, v_cache, q, turned))
         tail = (

@@ -11,11 +11,8 @@ from flash_attn_plus.backends.triton_replay import Replay
 from flash_attn_plus.kernels.triton import decode as kernels
 from flash_attn_plus.problem import AttentionInputs, AttentionProblem
 from flash_attn_plus.tuning import decode as tuning
+from flash_attn_plus.tuning.config import padded, power_of_two
 from flash_attn_plus.tuning.decode import DecodeConfig
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 class SplitPlan:
@@ -25,7 +22,7 @@ class SplitPlan:
         self._problem = problem
         self._features = launch.features(problem, inputs)
         self._is_paired = _can_pair(problem, inputs.v)
-        self._use(tuning.configs(problem, device.probe(problem.device))[0])
+        self._is_settled = False  # on a configuration that the device takes
 
     def _use(self, c: DecodeConfig) -> None:
         p = self._problem
@@ -33,7 +30,7 @@ class SplitPlan:
         self._splits = tuning.splits(p, device.probe(p.device), c)
         rows = p.seqlen_q * (p.heads // p.heads_k)
         self._tiles_m = -(-rows // c.block_m)
-        self._rows = _power_of_two(rows) if self._tiles_m == 1 else c.block_m
+        self._rows = power_of_two(rows) if self._tiles_m == 1 else c.block_m
         self._tiles = self._tiles_m * p.heads_k * p.batch
         self._grid = (self._tiles * self._splits.launched,)
         self._split: Replay | None = None
@@ -44,13 +41,14 @@ class SplitPlan:
         with launch._on(self._problem.device):
             if self._problem.is_varlen_q:
                 out.zero_()  # rows behind the last sequence belong to no program
-            if self._split is not None:
+            if self._is_settled:
                 self._run(x, out, lse)
                 return
             for c in tuning.configs(self._problem, device.probe(self._problem.device)):
                 self._use(c)
                 try:
                     self._run(x, out, lse)
+                    self._is_settled = True
                     return
                 except triton.runtime.errors.OutOfResources as error:
                     refusal = error
@@ -85,7 +83,7 @@ class SplitPlan:
 
     def _launch_split(self, tensors: tuple, x: AttentionInputs, out: Tensor, lse: Tensor) -> None:
         p, c, s = self._problem, self._config, self._splits
-        packed_k, pad = p.is_varlen_k, launch._power_of_two
+        packed_k = p.is_varlen_k
         is_whole = p.page_size == 0 or p.page_size % c.block_n == 0 or x.block_table.shape[1] == 1
         tail = (
             *launch._row_strides(x.q, p.is_varlen_q), *launch._row_strides(x.k, packed_k),
@@ -94,7 +92,7 @@ class SplitPlan:
             *descale_strides(x.k_descale),
             p.seqlen_q, p.seqlen_k, p.heads, p.heads // p.heads_k, p.left, p.right, p.page_size,
             *launch._scalars(x)[:3], s.number, s.launched, self._tiles_m,
-            p.head_dim, p.head_dim_v, pad(p.head_dim), pad(p.head_dim_v), c.block_m, c.block_n, self._rows,
+            p.head_dim, p.head_dim_v, padded(p.head_dim), padded(p.head_dim_v), c.block_m, c.block_n, self._rows,
             s.least_tiles, s.launched > 1, 0 if is_whole else p.page_size, x.k_descale is not None,
             self._features,
         )  # fmt: skip
@@ -107,8 +105,8 @@ class SplitPlan:
         grid = (self._tiles * self._rows,)
         tail = (
             *self._out_strides(tensors[2], tensors[3]), p.seqlen_q, p.heads, p.heads // p.heads_k, s.launched,
-            self._tiles_m, p.head_dim_v, launch._power_of_two(p.head_dim_v), self._config.block_m, self._rows,
-            _power_of_two(s.number), self._features,
+            self._tiles_m, p.head_dim_v, padded(p.head_dim_v), self._config.block_m, self._rows,
+            power_of_two(s.number), self._features,
         )  # fmt: skip
         compiled = kernels.attention_combine_kernel[grid](*tensors, *tail, num_warps=4)
         self._combine = triton_replay.record(compiled, grid, tail, tensors, p.device)

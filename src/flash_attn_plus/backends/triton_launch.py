@@ -16,7 +16,7 @@ from flash_attn_plus.kernels.triton import backward as backward_kernels
 from flash_attn_plus.kernels.triton import forward as forward_kernels
 from flash_attn_plus.problem import AttentionInputs, AttentionProblem
 from flash_attn_plus.tuning import heuristics
-from flash_attn_plus.tuning.config import TileConfig
+from flash_attn_plus.tuning.config import TileConfig, padded
 
 
 def features(problem: AttentionProblem, inputs: AttentionInputs) -> Features:
@@ -37,10 +37,6 @@ def features(problem: AttentionProblem, inputs: AttentionInputs) -> Features:
         is_float32,
         env.fp32_precision() if is_float32 else "ieee",
     )
-
-
-def _power_of_two(n: int) -> int:
-    return max(16, 1 << (n - 1).bit_length())
 
 
 def _row_strides(x: Tensor, is_packed: bool) -> tuple[int, int, int]:
@@ -110,7 +106,7 @@ class ForwardPlan:
             table_stride, _slope_stride(inputs.alibi_slopes), p.seqlen_q, p.seqlen_k, p.heads, p.heads // p.heads_k,
             p.left, p.right, p.page_size, *_scalars(inputs),
         )  # fmt: skip
-        self._sizes = (p.head_dim, p.head_dim_v, _power_of_two(p.head_dim), _power_of_two(p.head_dim_v))
+        self._sizes = (p.head_dim, p.head_dim_v, padded(p.head_dim), padded(p.head_dim_v))
 
     def __call__(self, x: AttentionInputs, out: Tensor, lse: Tensor) -> None:
         """Launch on the current stream of the problem's device."""
@@ -164,7 +160,7 @@ def backward(
     p, x = problem, inputs
     F = features(p, x)
     packed_q, packed_k = p.is_varlen_q, p.is_varlen_k
-    head_dims = (p.head_dim, p.head_dim_v, _power_of_two(p.head_dim), _power_of_two(p.head_dim_v))
+    head_dims = (p.head_dim, p.head_dim_v, padded(p.head_dim), padded(p.head_dim_v))
     strides_g, statistic_strides = _row_strides(dout, packed_q), _statistic_strides(lse, packed_q)
     strides = (*_row_strides(x.q, packed_q), *_row_strides(x.k, packed_k), *_row_strides(x.v, packed_k), *strides_g)
     sizes = (p.seqlen_q, p.seqlen_k, p.heads, p.heads // p.heads_k, p.left, p.right)

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from flash_attn_plus.device import Device
+from flash_attn_plus.tuning.config import power_of_two
 
 
 class RowConfig(NamedTuple):
@@ -14,20 +15,15 @@ class RowConfig(NamedTuple):
     num_stages: int = 1
 
 
-def next_power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n, and at least 1."""
-    return 1 << max(0, n - 1).bit_length()
-
-
 def _warps(elements: int, per_thread: int, facts: Device) -> int:
     """A power of two of at most 1024 threads that gives each thread at most `per_thread` elements if it can."""
     width = 64 if facts.family == "cdna" else 32
-    return min(1024 // width, max(1, next_power_of_two(elements) // (width * per_thread)))
+    return min(1024 // width, max(1, power_of_two(elements) // (width * per_thread)))
 
 
 def norm_forward(cols: int, facts: Device) -> RowConfig:
     """Whole rows in registers; short rows are taken several at a time so that a program moves about 4 KB."""
-    block_cols = max(16, next_power_of_two(cols))
+    block_cols = max(16, power_of_two(cols))
     block_rows = max(1, 2048 // block_cols)
     # 16 elements a thread are two 16-byte loads of a 16-bit type in flight: enough with several programs a processor.
     # Long rows take 32: more threads would wait for each other in every reduction.
@@ -42,7 +38,7 @@ def norm_backward(
 
     `row_tensors` counts the tensors read row by row, `weights` and `biases` the norm's parameters.
     """
-    block_cols = max(16, next_power_of_two(cols))
+    block_cols = max(16, power_of_two(cols))
     block_rows = max(1, 2048 // block_cols)
     # 16 elements a thread, 8 if the sums of four gradients are held. At 32 warps a thread has 64 registers: too few for
     # the sums of a bias too.
@@ -87,7 +83,7 @@ def column_sums(rows: int, cols: int, processors: int) -> tuple[int, int, int]:
 
 def totals(count: int) -> tuple[int, int]:
     """(rows, columns) a step of the sum over `count` partial sums: narrow, since a short gradient has few columns."""
-    return min(128, max(16, next_power_of_two(count))), 16
+    return min(128, max(16, power_of_two(count))), 16
 
 
 def norm_backward_programs(rows: int, config: RowConfig, facts: Device) -> int:
@@ -100,14 +96,14 @@ def norm_backward_programs(rows: int, config: RowConfig, facts: Device) -> int:
 
 def cross_entropy_block(cols: int) -> tuple[int, int]:
     """(columns a step, warps): 16 elements a thread; 32 in half as many programs were slower on an H200."""
-    block = min(4096, max(128, next_power_of_two(cols)))
+    block = min(4096, max(128, power_of_two(cols)))
     return block, max(1, block // 512)
 
 
 def rotary_block(heads: int, half: int) -> tuple[int, int, int]:
     """(tokens, heads, warps): about 1024 pairs a program, 8 a thread, one 16-byte load of each half."""
-    rows = max(1, 1024 // next_power_of_two(half))
-    block_heads = min(rows, next_power_of_two(heads))
+    rows = max(1, 1024 // power_of_two(half))
+    block_heads = min(rows, power_of_two(heads))
     while -(-heads // block_heads) * block_heads > 1.25 * heads:  # at most a fifth of the threads idle
         block_heads //= 2
     return rows // block_heads, block_heads, 4
@@ -115,5 +111,5 @@ def rotary_block(heads: int, half: int) -> tuple[int, int, int]:
 
 def elementwise_block(cols: int) -> tuple[int, int]:
     """(columns, warps) of elementwise kernels over rows: 16 elements a thread."""
-    block = min(2048, max(128, next_power_of_two(cols)))
+    block = min(2048, max(128, power_of_two(cols)))
     return block, max(1, block // 512)

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from flash_attn_plus.fused.launch import next_power_of_two, rotary_block
+from flash_attn_plus.fused.launch import rotary_block
 from flash_attn_plus.fused.path import on_device, uses_triton
+from flash_attn_plus.tuning.config import power_of_two
 
 MAX_HEAD_DIM = 256
 
@@ -62,7 +63,7 @@ def _apply_triton(x, cos, sin, seqlen_offsets, cu_seqlens, is_interleaved, out, 
         *((0,) if is_packed else ()), *out.stride()[:-1], *((0,) if is_packed else ()), *x.stride()[:-1],
         tokens, heads, cos.shape[0], 0 if is_table_of_offsets else seqlen_offsets,
         num_sequences, num_sequences.bit_length(), half, rest, is_interleaved, is_conjugate,
-        block_tokens, block_heads, next_power_of_two(half), next_power_of_two(rest),
+        block_tokens, block_heads, power_of_two(half), power_of_two(rest),
     )  # fmt: skip
     if torch.compiler.is_compiling():
         torch.library.wrap_triton(rotary_kernel)[grid](*arguments, num_warps=num_warps)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from flash_attn_plus.device import Device
 from flash_attn_plus.problem import AttentionProblem
+from flash_attn_plus.tuning.config import padded, power_of_two
 
 MOST_SPLITS = 128
 _MOST_QUERIES = 16  # of a sequence; with more, or more rows than these, the prefill kernels are as good
@@ -49,7 +50,7 @@ def is_decode(p: AttentionProblem, device: Device) -> bool:
     So it is for caches in 8 bits, which only it reads, and for more queries over a cache where the prefill kernel
     would leave most of the device idle; unless the batch must not show.
     """
-    if p.has_dropout or p.has_block_mask:
+    if p.has_dropout or p.has_block_mask or p.is_backward:
         return False
     if p.cache_dtype is not None:
         return True
@@ -61,7 +62,7 @@ def is_decode(p: AttentionProblem, device: Device) -> bool:
 
 def configs(p: AttentionProblem, device: Device) -> list[DecodeConfig]:
     """Configurations of the split kernel, best first; the later ones need less shared memory."""
-    rows = min(max(16, _power_of_two(p.seqlen_q * (p.heads // p.heads_k))), 64)
+    rows = min(max(16, power_of_two(p.seqlen_q * (p.heads // p.heads_k))), 64)
     head_dim = max(p.head_dim, p.head_dim_v)
     found = []
     if device.family == "interpreter":
@@ -82,17 +83,9 @@ def configs(p: AttentionProblem, device: Device) -> list[DecodeConfig]:
 
 def _bytes(p: AttentionProblem, c: DecodeConfig) -> int:
     """Shared memory of the split kernel: the stages of keys and values, and a tile of rows on its way to a product."""
-    width = _padded(p.head_dim) + _padded(p.head_dim_v)
+    width = padded(p.head_dim) + padded(p.head_dim_v)
     stages = max(c.num_stages - 1, 1) * c.block_n * width * (p.cache_dtype or p.dtype).itemsize
     return stages + c.block_m * max(width, c.block_n) * p.dtype.itemsize
-
-
-def _padded(n: int) -> int:
-    return max(16, _power_of_two(n))
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def splits(p: AttentionProblem, device: Device, c: DecodeConfig) -> Splits:

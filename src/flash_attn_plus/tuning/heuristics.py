@@ -11,6 +11,7 @@ from flash_attn_plus.device import Device
 from flash_attn_plus.problem import AttentionProblem
 from flash_attn_plus.tuning import table as measured
 from flash_attn_plus.tuning.config import TileConfig as C
+from flash_attn_plus.tuning.config import padded
 
 _INTERPRETER = (C(32, 32, 4, 1),)
 # Any target, when nothing above fits: ever smaller tiles, one stage.
@@ -90,13 +91,13 @@ def _rows(table: dict[str, dict[int, tuple[C, ...]]], family: str, head_dim: int
 
 def _stream_bytes(p: AttentionProblem, resident: int, streamed: int, c: C) -> int:
     """Shared memory of a kernel that keeps some rows and streams others in stages, each with both head dims."""
-    width = (measured.padded(p.head_dim) + measured.padded(p.head_dim_v)) * p.dtype.itemsize
+    width = (padded(p.head_dim) + padded(p.head_dim_v)) * p.dtype.itemsize
     return (resident + c.num_stages * streamed) * width
 
 
 def forward_bytes(p: AttentionProblem, c: C) -> int:
     """Shared memory of the forward kernel: the query tile and the stages of keys and values."""
-    queries = c.block_m * measured.padded(p.head_dim) * p.dtype.itemsize
+    queries = c.block_m * padded(p.head_dim) * p.dtype.itemsize
     return queries + _stream_bytes(p, 0, c.block_n, c)
 
 
@@ -157,7 +158,7 @@ def dq(p: AttentionProblem, device: Device) -> list[C]:
 
 def statistics(p: AttentionProblem) -> C:
     """Configuration of the statistics kernel: memory-bound, one pass over out and dout in 4,096 numbers a tile."""
-    return C(max(16, min(128, 4096 // measured.padded(p.head_dim_v))), 0, 4, 1)
+    return C(max(16, min(128, 4096 // padded(p.head_dim_v))), 0, 4, 1)
 
 
 def fits(p: AttentionProblem, device: Device) -> bool:

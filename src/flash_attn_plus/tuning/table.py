@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from flash_attn_plus import env
 from flash_attn_plus.errors import InvalidArgument
 from flash_attn_plus.problem import AttentionProblem
-from flash_attn_plus.tuning.config import TileConfig
+from flash_attn_plus.tuning.config import TileConfig, padded
 
 FORMAT = "flash-attn-plus tiles, version 1"
 KERNELS = ("forward", "dkdv", "dq")
@@ -46,11 +46,6 @@ class Entry(NamedTuple):
     config: TileConfig
     ms: float
     default_ms: float  # with the built-in tables' choice, in the same run
-
-
-def padded(head_dim: int) -> int:
-    """The width of tiles of that head dim."""
-    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def key_of(kernel: str, p: AttentionProblem, family: str) -> Key:
