@@ -48,7 +48,7 @@ def _gather(x: Tensor, order: Tensor) -> Tensor:
 def _scatter(x: Tensor, inverse: Tensor, keep: Tensor, fill: float) -> Tensor:
     """(b * s, ...) -> (b, s, ...); the engine leaves open what rows behind the last sequence hold."""
     rows = x[inverse].unflatten(0, keep.shape)
-    return rows.masked_fill_(~keep.view(*keep.shape, *(1,) * (x.ndim - 1)), fill)
+    return rows.masked_fill(~keep.view(*keep.shape, *(1,) * (x.ndim - 1)), fill)
 
 
 class _Pack(torch.autograd.Function):
