@@ -97,3 +97,9 @@ def test_no_path_of_one_machine():
 
 def test_no_notes_to_oneself_and_no_disabled_decorators():
     assert not matching_lines(UNFINISHED, EVERYTHING)
+
+
+def test_no_two_tests_share_a_name():
+    """pytest imports test files by their names alone, so that two of one name cannot run together."""
+    names = [p.name for p in python_files(ROOT / "tests") if p.name.startswith("test_")]
+    assert sorted(names) == sorted(set(names))
