@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from flash_attn_plus import device, env
-from flash_attn_plus.backends.triton_portable import is_interpreted
+from flash_attn_plus.backends.triton_portable import interpreter_lacks, is_interpreted
 from flash_attn_plus.cli import output, tune
 from flash_attn_plus.cli.main import main
 from flash_attn_plus.testing import Case
@@ -37,6 +37,7 @@ print(json.dumps([used[:4], right, bench.wrong(TileConfig(16, 32, 4, 1))]))
 """
 
 
+@pytest.mark.skipif(interpreter_lacks() is not None, reason=str(interpreter_lacks()))
 def test_a_search_by_the_interpreter_writes_a_table_that_the_engine_reads(plain_environment, tmp_path):
     environment = {**plain_environment, "TRITON_INTERPRET": "1"}
     path = tmp_path / "tiles.json"

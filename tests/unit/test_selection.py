@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flash_attn_plus import AttentionProblem, NoBackend, attention, env, explain, selection, use_backend
+from flash_attn_plus.backends import triton_portable
 
 
 def problem(device="cpu", dtype=torch.bfloat16, **changes):
@@ -66,6 +67,21 @@ def test_engine_of_others_refuses_the_cpu_by_name(name):
     q = torch.randn(1, 4, 1, 8, dtype=torch.float16)
     with use_backend(name), pytest.raises(NoBackend, match=rf"{name}: device cpu"):
         attention(q, q, q)
+
+
+@pytest.mark.parametrize(
+    ("numpy", "triton", "is_refused"), [((2, 4), (3, 6), True), ((2, 3), (3, 6), False), ((2, 5), (3, 7), False)]
+)
+def test_the_interpreter_is_refused_beside_a_numpy_that_breaks_it(numpy, triton, is_refused, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton_portable, "_series", {"numpy": numpy, "triton": triton}.__getitem__)
+    triton_portable.interpreter_lacks.cache_clear()
+    try:
+        reasons = selection.get("triton").reasons(problem())
+    finally:
+        triton_portable.interpreter_lacks.cache_clear()
+    assert any("install 'numpy<2.4'" in reason for reason in reasons) == is_refused
 
 
 def test_unknown_names_are_refused_with_the_known_ones(monkeypatch):

@@ -3,6 +3,8 @@
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import cache
+from importlib import metadata
 
 import torch
 from torch import Tensor
@@ -18,6 +20,21 @@ _GPU_TYPES = frozenset({"cuda", "xpu", "npu", "musa", "mlu"})
 def is_interpreted() -> bool:
     """Whether Triton runs its kernels on the CPU, in Python."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "on", "yes"}
+
+
+def _series(package: str) -> tuple[int, ...]:
+    """The first two numbers of an installed package's version."""
+    return tuple(int(number) for number in metadata.version(package).split(".")[:2])
+
+
+@cache
+def interpreter_lacks() -> str | None:
+    """What Triton's interpreter needs and does not find, or None; asked once, for packages do not change."""
+    if importlib.util.find_spec("numpy") is None:
+        return "Triton's interpreter needs numpy; install it"
+    if _series("numpy") >= (2, 4) and _series("triton") < (3, 7):
+        return "Triton's interpreter before Triton 3.7 needs numpy before 2.4; install 'numpy<2.4'"
+    return None
 
 
 class TritonPortable(Backend):
@@ -45,6 +62,8 @@ class TritonPortable(Backend):
         if problem.device.type == "cpu":
             if not is_interpreted():
                 return ["device cpu: Triton reaches CPU tensors only with TRITON_INTERPRET=1"]
+            if lacking := interpreter_lacks():
+                return [lacking]
             # Triton 3.6 multiplies the raw bits of bfloat16 as integers there.
             return (
                 ["dtype bfloat16: Triton's interpreter cannot multiply it"] if problem.dtype == torch.bfloat16 else []
