@@ -14,6 +14,7 @@ import torch
 from flash_attn_plus import device, env, selection
 from flash_attn_plus.cli import info, words
 from flash_attn_plus.cli.main import COMMANDS, main
+from flash_attn_plus.errors import InvalidArgument
 
 COMMAND = [sys.executable, "-m", "flash_attn_plus"]
 
@@ -156,6 +157,18 @@ def test_info_tells_of_a_tuning_table(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv(env.TUNING_TABLE, str(path))
     assert main(["info"]) == 0
     assert "does not say 'flash-attn-plus tiles, version 1' as its format" in capsys.readouterr().out
+
+
+def test_info_tells_what_every_call_would_raise(capsys, monkeypatch):
+    def refuse(problem):
+        raise InvalidArgument("the table of tiles is wrong")
+
+    monkeypatch.setattr(selection, "explain_problem", refuse)
+    assert main(["info", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["backends"]
+    assert {row["forward"] for row in rows} == {row["backward"] for row in rows} == {
+        "calls raise: the table of tiles is wrong"
+    }  # fmt: skip
 
 
 def test_explain_answers_no_with_exit_code_1(capsys):

@@ -109,7 +109,12 @@ def backends(where: torch.device) -> list[dict[str, Any]]:
     shapes = shapes_of(call.case, call.dtype)
     answers: dict[str, dict[str, Any]] = {}
     for pass_name, is_backward in (("forward", False), ("backward", True)):
-        for verdict in selection.explain_problem(shapes.problem(where, is_backward)):
+        try:
+            verdicts = list(selection.explain_problem(shapes.problem(where, is_backward)))
+        except InvalidArgument as error:  # a variable or a table of tiles that is wrong, as the call would say
+            raised = f"calls raise: {error}"
+            return [{"backend": "every", "device": str(where), "forward": raised, "backward": raised}]
+        for verdict in verdicts:
             answer = answers.setdefault(verdict.name, {"backend": verdict.name, "device": str(where)})
             answer[pass_name] = "chosen" if verdict.is_chosen else "; ".join(verdict.reasons) or "usable"
     return list(answers.values())

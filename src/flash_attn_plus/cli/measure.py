@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch.utils.benchmark import Timer
 
 _SMALL_MATRIX, _LARGE_MATRIX = 1024, 8192
 _TRIES = 3  # of which the fastest counts: it is a bound
@@ -28,6 +27,8 @@ def milliseconds(function: Callable[[], object], where: torch.device, seconds: f
         from triton.testing import do_bench
 
         return do_bench(function, warmup=seconds * 250, rep=seconds * 1000, return_mode="median")
+    from torch.utils.benchmark import Timer  # which imports much, and warns where CUDA's compiler is but no GPU
+
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=seconds).median * 1e3
 
