@@ -110,16 +110,21 @@ def forward(
             lse[..., here] = float("inf")
             continue
         scores, _ = _scores(_by_group(q[:, here].to(dtype), heads_k), k_heads[:, :, seen], band, rule, rows, cols)
-        block_lse = scores.logsumexp(-1)
+        peak = scores.amax(-1, keepdim=True)
         if tiles is not None:  # a row may see none of the block's keys
-            block_lse = block_lse.masked_fill_(block_lse == float("-inf"), float("inf"))
-        weights = scores.sub_(block_lse[..., None]).exp_()
+            peak.masked_fill_(peak == float("-inf"), 0.0)
+        weights = scores.sub_(peak).exp_()
+        total = weights.sum(-1, keepdim=True)  # weights by the LSE would all carry its rounding
         factor = _dropout_factor(rule, rows, cols, dtype)
         if factor is not None:
             weights *= factor
-        grouped = weights.view(q.shape[0], heads_k, -1, len(cols))
-        out[:, here] = _from_group(grouped @ v_heads[:, :, seen], len(rows))
-        lse[..., here] = block_lse
+        grouped = weights.view(q.shape[0], heads_k, -1, len(cols)) @ v_heads[:, :, seen]
+        block_lse = total.log().add_(peak)
+        if tiles is not None:
+            block_lse.masked_fill_(total == 0.0, float("inf"))
+            total.masked_fill_(total == 0.0, 1.0)
+        out[:, here] = _from_group(grouped.div_(total.view(*grouped.shape[:3], 1)), len(rows))
+        lse[..., here] = block_lse[..., 0]
 
 
 def zero_sums(x: Tensor) -> Tensor:
