@@ -17,6 +17,8 @@ from flash_attn_plus.tuning import hopper
 
 ENDS = ("attention_prepare_kernel", "attention_round_dq_kernel")
 KINDS = ("full", "causal", "packed_window")
+# Softcap and ALiBi take registers that the other kernels need for tiles: local memory accesses a step.
+MODIFIED = {(64, "causal_softcap"): 280, (128, "causal_alibi"): 64, (256, "causal_softcap"): 80}
 ROWS = [(name, kind) for name in hopper.FORWARD for kind in (("full", "packed") if "long" in name else KINDS)]
 
 
@@ -26,10 +28,11 @@ def launches(
     """The launches of a forward and a backward pass, by kernel name."""
     q, k = torch.empty(2, length, 8, head_dim, dtype=dtype), torch.empty(2, length, 2, head_dim, dtype=dtype)
     left, right, cu = 100 if kind == "packed_window" else -1, -1 if kind in ("full", "packed") else 0, None
+    more = {"causal_softcap": {"softcap": 30.0}, "causal_alibi": {"alibi_slopes": torch.ones(8)}}.get(kind, {})
     if "packed" in kind:
         q, k = q.flatten(0, 1), k.flatten(0, 1)
         cu = torch.tensor([0, 300, 2 * length], dtype=torch.int32)
-    inputs = AttentionInputs(q, k, k, head_dim**-0.5, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    inputs = AttentionInputs(q, k, k, head_dim**-0.5, cu_seqlens_q=cu, cu_seqlens_k=cu, **more)
     lse = torch.empty(q.shape[-2], q.shape[0]) if cu is not None else torch.empty(2, 8, length)
     problem = describe(inputs, length, length, left, right, is_deterministic=is_deterministic)
     with (
@@ -106,6 +109,31 @@ def test_dq_rows_keep_dq_in_registers(head_dim, kind):
     launch = found["attention_backward_dq_kernel"]
     for loop in held(launch, {tile.consumer_registers, tile.producer_registers}, 2, tile.spills).loops:
         assert between_waits(loop, "MUFU.EX2") >= tile.block_n // 2, "the wait for dP moved above the exponentials"
+
+
+@pytest.mark.parametrize(("head_dim", "kind"), MODIFIED)
+def test_modified_scores_keep_the_tiles(head_dim, kind):
+    found = launches(head_dim, kind, 4096)
+    tile = hopper.FORWARD[str(head_dim)]
+    forward = found.pop("attention_forward_kernel")
+    held(forward, {tile.consumer_registers, tile.producer_registers}, tile.consumers, spills=8)
+    for name in ENDS:
+        found.pop(name, None)
+    for launch in found.values():
+        held(launch, set(), 2, MODIFIED[head_dim, kind])
+
+
+@pytest.mark.parametrize("page_size", [0, 128])
+def test_caches_are_read_by_the_copy_engine(page_size):
+    tile = hopper.FORWARD["128"]
+    q, cache = torch.empty(2, 512, 8, 128, dtype=torch.bfloat16), torch.empty(8, 128, 2, 128, dtype=torch.bfloat16)
+    table, used = torch.zeros(2, 4, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+    if not page_size:
+        cache, table = cache.view(2, 512, 2, 128), None
+    inputs = AttentionInputs(q, cache, cache, 0.1, seqused_k=used, block_table=table)
+    with recorded(forward_kernels, ("attention_forward_kernel",), HOPPER) as found:
+        gluon_launch.forward(describe(inputs, 512, 512, -1, 0), inputs, q, torch.empty(2, 8, 512))
+    held(found[0], {tile.consumer_registers, tile.producer_registers}, tile.consumers, tile.spills)
 
 
 @pytest.mark.parametrize(

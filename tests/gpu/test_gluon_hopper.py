@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 import torch
-from cases import dense, varlen
+from cases import cache, dense, varlen
 
 from flash_attn_plus.backends.gluon_hopper import GluonHopper
 from flash_attn_plus.ops import allocate_outputs
@@ -13,11 +13,11 @@ from flash_attn_plus.testing import Case, arrange, assert_matches_reference, mak
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
 )
-CASES = dense("large") | varlen("large")
+CASES = dense("large") | varlen("large") | cache("large")
 NAMES = [
     name
     for name, case in CASES.items()
-    if not (case.softcap or case.alibi or case.dropout_p) and case.head_dim % 8 == 0 and case.seqlen_q and case.seqlen_k
+    if not case.dropout_p and case.head_dim % 8 == 0 and case.seqlen_q and case.seqlen_k and not case.page_size % 128
 ]
 WIDE = Case(batch=2, seqlen_q=1037, seqlen_k=1037, heads=4, heads_k=2, head_dim=128)
 
@@ -33,7 +33,7 @@ def run(case: Case, dtype: torch.dtype, with_dlse: bool = False, is_deterministi
     backend.forward(problem, call.inputs, out, lse)
     results = {"out": out, "lse": lse}
     problem = call.problem(is_backward=True)._replace(is_deterministic=is_deterministic)
-    if backend.reasons(problem) == []:
+    if case.has_backward and backend.reasons(problem) == []:
         layout = "packed" if case.layout == "packed" else "contiguous"
         poison = (torch.full_like(x, torch.nan, memory_format=torch.contiguous_format) for x in call.inputs[:3])
         grads = [arrange(x, layout) for x in poison]
@@ -55,7 +55,7 @@ def test_shared_cases(name, dtype):
 
 @pytest.mark.parametrize("is_deterministic", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
-@pytest.mark.parametrize("kind", ["full", "causal", "causal_tall", "window", "packed_causal"])
+@pytest.mark.parametrize("kind", ["full", "causal", "causal_tall", "window", "packed_causal", "softcap", "alibi"])
 def test_each_tile_width(kind, head_dim, is_deterministic):
     case = WIDE._replace(head_dim=head_dim)
     options = {
@@ -64,8 +64,18 @@ def test_each_tile_width(kind, head_dim, is_deterministic):
         "causal_tall": {"seqlen_k": 515, "right": 0},
         "window": {"left": 200, "right": 30},
         "packed_causal": {"lengths_q": (700, 1, 0, 300), "lengths_k": (600, 9, 5, 300), "trailing": 3, "right": 0},
+        "softcap": {"softcap": 5.0, "right": 0},
+        "alibi": {"alibi": "batch", "right": 0},
     }
     run(case._replace(**options[kind]), torch.bfloat16, with_dlse=True, is_deterministic=is_deterministic)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("page_size", [0, 128, 256])
+def test_chunks_of_a_prompt_against_a_cache(page_size, head_dim):
+    """What lies beyond a sequence's keys is NaN, in the last page too."""
+    case = WIDE._replace(batch=4, head_dim=head_dim, seqlen_q=300, seqlen_k=1024, right=0, page_size=page_size)
+    run(case._replace(used=(1024, 0, 300, 777)), torch.bfloat16)
 
 
 def test_hostile_scores():

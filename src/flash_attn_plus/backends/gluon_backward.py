@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flash_attn_plus import device
-from flash_attn_plus.backends.gluon_tiles import LOG2E, QUERIES, Launch, Tiles, chunk_of, counter, tiles_of
+from flash_attn_plus.backends.gluon_tiles import QUERIES, Launch, Tiles, chunk_of, counter, score_numbers, tiles_of
 from flash_attn_plus.kernels.gluon import backward as backward_kernels
 from flash_attn_plus.kernels.gluon import backward_dq as dq_kernels
 from flash_attn_plus.kernels.gluon import backward_ends as ends_kernels
@@ -27,7 +27,7 @@ class _Call:
         self.is_split = hopper.is_split(p)
         self.group = p.heads // p.heads_k
         self.is_even = p.right < 0 and not (p.is_varlen_q or p.is_varlen_k)
-        self.key = (p.dtype, self.width, p.is_varlen_q, p.is_varlen_k, self.is_even, self.is_split)
+        self.key = (p.dtype, self.width, p.is_varlen_q, p.is_varlen_k, self.is_even, self.is_split, p.has_alibi)
         self.processors = device.probe(p.device).processors
         # rows as the statistics and the accumulator count them: sequences begin at multiples of a tile
         align = self.tile.block_m
@@ -86,6 +86,7 @@ def _walk_queries(
         "HAS_LEFT": p.left >= 0,
         "HAS_RIGHT": p.right >= 0,
         "HAS_EDGE": p.is_varlen_k or p.seqlen_k % tile.block_n != 0,
+        "HAS_SOFTCAP": p.has_softcap,
         "CONSUMER_REGISTERS": tile.consumer_registers,
         "OTHER_REGISTERS": tile.other_registers,
     }
@@ -102,8 +103,8 @@ def _walk_queries(
         tiles_of(x.v, tile.block_n, c.width), tiles_of(dout, tile.block_m, c.width),
         Tiles(statistics, [2, c.lines, c.rows], [c.lines * c.rows, c.rows, 1], (1, tile.block_m)), *dq,
         tiles_of(dk, QUERIES, c.width), tiles_of(dv, QUERIES, c.width), x.cu_seqlens_q, x.cu_seqlens_k, c.counter(),
-        p.batch, p.heads, c.group, chunk, p.seqlen_q, p.seqlen_k, p.left, p.right, x.softmax_scale * LOG2E,
-        x.softmax_scale,
+        x.alibi_slopes, p.batch, p.heads, c.group, chunk, p.seqlen_q, p.seqlen_k, p.left, p.right,
+        *score_numbers(p, x), x.softmax_scale,
     )  # fmt: skip
 
 
@@ -114,7 +115,8 @@ def _walk_keys(c: _Call, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -
     constants = {
         "HAS_LEFT": p.left >= 0,
         "HAS_RIGHT": p.right >= 0,
-        "Q_STAGES": tile.query_stages,
+        "HAS_SOFTCAP": p.has_softcap,
+        "Q_TILES": tile.query_tiles,
         "K_STAGES": tile.key_stages,
         "V_STAGES": tile.value_stages,
         "CONSUMER_REGISTERS": tile.consumer_registers,
@@ -124,8 +126,8 @@ def _walk_keys(c: _Call, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -
     Launch(dq_kernels.attention_backward_dq_kernel, p.device, grid, c.key, constants)(
         tiles_of(x.q, QUERIES, c.width), tiles_of(x.k, tile.block_n, c.width), tiles_of(x.v, tile.block_n, c.width),
         tiles_of(dout, QUERIES, c.width), tiles_of(dq, QUERIES, c.width), lse, delta, x.cu_seqlens_q, x.cu_seqlens_k,
-        c.counter(), p.batch, p.heads, c.group, chunk, p.seqlen_q, p.seqlen_k, p.left, p.right, lse.shape[-1],
-        x.softmax_scale * LOG2E, x.softmax_scale,
+        c.counter(), x.alibi_slopes, p.batch, p.heads, c.group, chunk, p.seqlen_q, p.seqlen_k, p.left, p.right,
+        lse.shape[-1], *score_numbers(p, x), x.softmax_scale,
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ def can_copy(x: Tensor) -> bool:
     return x.data_ptr() & 15 == 0
 
 
+PAGE = 128  # rows of the largest tile of keys, which must lie within a page
 # Products of a call that runs for about 20 microseconds: below it the host's time for a launch decides.
 SMALLEST_WORK = 2 * 10**9
 
@@ -37,14 +38,7 @@ class GluonHopper(Backend):
         dtypes=frozenset({torch.float16, torch.bfloat16}),
         max_head_dim=256,
         devices=frozenset({"cuda"}),
-        refused={
-            "has_softcap": "softcap not implemented",
-            "has_alibi": "alibi_slopes not implemented",
-            "has_dropout": "dropout not implemented",
-            "page_size": "paged keys not implemented",
-            "has_seqused_k": "seqused_k not implemented",
-            "has_leftpad_k": "leftpad_k not implemented",
-        },
+        refused={"has_dropout": "dropout not implemented"},
     )
 
     def unavailable(self) -> str | None:
@@ -70,6 +64,12 @@ class GluonHopper(Backend):
             found.append(f"head_dim_v {problem.head_dim_v} is not head_dim {problem.head_dim}")
         if problem.head_dim % 8:
             found.append(f"head_dim {problem.head_dim} is no multiple of 8")
+        if problem.page_size % PAGE:
+            found.append(f"page_size {problem.page_size} is no multiple of {PAGE}")
+        if problem.page_size and problem.has_leftpad_k:
+            found.append("leftpad_k not implemented for paged keys")
+        if problem.is_backward and (problem.page_size or problem.has_seqused_k or problem.has_leftpad_k):
+            found.append("caches not implemented in the backward pass")
         return found
 
     def yields(self, problem: AttentionProblem) -> str | None:
@@ -90,6 +90,11 @@ class GluonHopper(Backend):
             for name, x in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v))
             if not can_copy(x)
         ]
+        if inputs.seqused_k is not None or inputs.leftpad_k is not None or inputs.block_table is not None:
+            from flash_attn_plus.backends.gluon_tiles import rows_between
+
+            if not rows_between(inputs.k) or rows_between(inputs.k) != rows_between(inputs.v):
+                found.append(f"k and v have strides {inputs.k.stride()} and {inputs.v.stride()}, not rows in common")
         if inputs.softmax_scale <= 0.0:
             found.append(f"softmax_scale {inputs.softmax_scale} is not positive")
         return found

@@ -3,7 +3,15 @@
 from torch import Tensor
 
 from flash_attn_plus import device
-from flash_attn_plus.backends.gluon_tiles import LOG2E, QUERIES, Launch, chunk_of, counter, tiles_of
+from flash_attn_plus.backends.gluon_tiles import (
+    QUERIES,
+    Launch,
+    chunk_of,
+    counter,
+    rows_between,
+    score_numbers,
+    tiles_of,
+)
 from flash_attn_plus.kernels.gluon import forward as forward_kernels
 from flash_attn_plus.problem import AttentionInputs, AttentionProblem
 from flash_attn_plus.tuning import hopper
@@ -20,25 +28,33 @@ class ForwardPlan:
         width = hopper.padded_head_dim(p.head_dim)
         tile = hopper.forward_tile(p)
         tiles = p.batch * p.heads * -(-p.seqlen_q // (QUERIES * tile.consumers))
-        self._is_even = p.right < 0 and not (p.is_varlen_q or p.is_varlen_k)
+        is_cache = p.has_seqused_k or p.has_leftpad_k or p.page_size > 0
+        self._is_even = p.right < 0 and not (p.is_varlen_q or p.is_varlen_k or is_cache)
         self._device, self._width = p.device, width
         self._tiles = (
             tiles_of(x.q, QUERIES, width),
-            tiles_of(x.k, tile.block_n, width),
-            tiles_of(x.v, tile.block_n, width),
+            tiles_of(x.k, tile.block_n, width, is_cache),
+            tiles_of(x.v, tile.block_n, width, is_cache),
         )
         chunk = chunk_of(p.batch * p.heads, p.seqlen_k * width * 4, p.right >= 0)
         self._sizes = (p.batch, p.heads, p.heads // p.heads_k, chunk, p.seqlen_q, p.seqlen_k, p.left, p.right)
         constants = {
             "HAS_LEFT": p.left >= 0,
             "HAS_RIGHT": p.right >= 0,
+            "HAS_SOFTCAP": p.has_softcap,
+            "PAGE": p.page_size,
             "CONSUMERS": tile.consumers,
-            "Q_STAGES": tile.query_stages,
+            "Q_TILES": tile.query_tiles,
             "STAGES": tile.stages,
             "CONSUMER_REGISTERS": tile.consumer_registers,
             "PRODUCER_REGISTERS": tile.producer_registers,
         }
-        key = (p.dtype, width, tile.block_n, p.is_varlen_q, p.is_varlen_k, self._is_even)
+        self._numbers = (
+            rows_between(x.k) if is_cache else 0, x.block_table.stride(0) if x.block_table is not None else 0,
+            *score_numbers(p, x),
+        )  # fmt: skip
+        optional = (p.has_seqused_k, p.has_leftpad_k, p.has_alibi, x.cu_seqlens_k is None)
+        key = (p.dtype, width, tile.block_n, p.is_varlen_q, p.is_varlen_k, self._is_even, *optional)
         grid = min(tiles, device.probe(p.device).processors)
         self._launch = Launch(forward_kernels.attention_forward_kernel, p.device, grid, key, constants)
 
@@ -47,7 +63,8 @@ class ForwardPlan:
         x, (q, k, v) = inputs, self._tiles
         self._launch(
             q.of(x.q), k.of(x.k), v.of(x.v), tiles_of(out, QUERIES, self._width), lse, x.cu_seqlens_q, x.cu_seqlens_k,
-            None if self._is_even else counter(self._device), *self._sizes, lse.shape[-1], x.softmax_scale * LOG2E,
+            None if self._is_even else counter(self._device), x.seqused_k, x.leftpad_k, x.block_table, x.alibi_slopes,
+            *self._sizes, lse.shape[-1], *self._numbers,
         )  # fmt: skip
 
 

@@ -7,6 +7,9 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from flash_attn_plus.backends import triton_replay
+from flash_attn_plus.problem import AttentionInputs, AttentionProblem
+
 LOG2E = 1.4426950408889634
 QUERIES = 64  # rows of a warpgroup's tile, as of its matrix instruction
 _L2_BYTES = 32 << 20  # what the heads in flight may take of the 50 MB cache
@@ -38,8 +41,16 @@ class Tiles:
         return TensorDescriptor(self.base, self.shape, self.strides, [1] * (rank - 2) + list(self.box), layout)
 
 
-def tiles_of(x: Tensor, rows: int, cols: int) -> Tiles:
-    """Boxes of (b, s, h, d) or packed (total, h, d).
+def rows_between(x: Tensor) -> int:
+    """Rows of a cache from one sequence, or page, to the next, if it has several; 0 where that is no whole number."""
+    if x.ndim == 3 or x.shape[0] == 1:
+        return 1
+    batch, row = x.stride()[:2]
+    return batch // row if batch % row == 0 else 0
+
+
+def tiles_of(x: Tensor, rows: int, cols: int, is_ragged: bool = False) -> Tiles:
+    """Boxes of (b, s, h, d), packed (total, h, d) or, ragged, (b, s, h, d) as packed with rows beyond the used ones.
 
     Packed rows get two more dimensions whose strides add up to 2**64 elements at coordinate 2**30, which an address
     of 64 bits does not see: so a tile may end at any row, and the engine clips it there (as triton.tools.ragged_tma).
@@ -48,9 +59,9 @@ def tiles_of(x: Tensor, rows: int, cols: int) -> Tiles:
     # the stride of a single row or head is never used, but must be aligned
     row = strides[-3] if shape[-3] > 1 else 8 * width
     head = strides[-2] if shape[-2] > 1 else 8 * width
-    if len(shape) == 3:
+    if len(shape) == 3 or is_ragged:
         steps = [(1 << 34) - row, row, head, row, 1]
-        return Tiles(x, [_ENDLESS, _ENDLESS, shape[1], _RAGGED, width], steps, (rows, cols))
+        return Tiles(x, [_ENDLESS, _ENDLESS, shape[-2], _RAGGED, width], steps, (rows, cols))
     batch = strides[0] if shape[0] > 1 else 8 * width
     return Tiles(x, [shape[0], shape[2], shape[1], width], [batch, head, row, 1], (rows, cols))
 
@@ -70,7 +81,7 @@ class Launch:
         self._values = tuple(constants.values())
         self._key = (kernel, where, *key, *self._values)
 
-    def __call__(self, *arguments: object) -> None:
+    def __call__(self, *arguments: Any) -> None:
         """Launch on the current stream of the tensors' device."""
         where = self._where
         if where.type == "cuda" and where.index != torch.cuda.current_device():
@@ -78,7 +89,10 @@ class Launch:
                 return self(*arguments)
         known = _compiled.get(self._key)
         if known is not None:
-            known[self._grid](*arguments, *self._values)
+            if triton_replay.IS_PROVEN and where.type == "cuda" and triton_replay.may_replay():
+                triton_replay.Replay(known, self._grid, self._values, where)(*arguments)
+            else:
+                known[self._grid](*arguments, *self._values)
             return None
         checked = [x.checked() if isinstance(x, Tiles) else x for x in arguments]
         _compiled[self._key] = self._kernel[self._grid](*checked, **self._constants, num_warps=4)
@@ -101,3 +115,10 @@ def counter(where: torch.device) -> Tensor:
 def chunk_of(heads: int, bytes_a_head: int, has_right: bool) -> int:
     """How many heads take turns: under a causal band as many as the cache holds, so that long tiles come first."""
     return max(1, min(heads, _L2_BYTES // bytes_a_head)) if has_right else 1
+
+
+def score_numbers(problem: AttentionProblem, inputs: AttentionInputs) -> tuple[int, float, float, float]:
+    """(stride of slopes between batches, and of the scores: scale, scale under the softcap, softcap) in log2 units."""
+    slopes, scale, cap = inputs.alibi_slopes, inputs.softmax_scale, inputs.softcap
+    stride = slopes.stride(0) if slopes is not None and slopes.ndim == 2 else 0
+    return (stride, scale * LOG2E, scale / cap if problem.has_softcap else 0.0, cap * LOG2E)

@@ -10,7 +10,7 @@ class ForwardTile(NamedTuple):
 
     block_n: int  # keys a tile
     consumers: int  # warpgroups of 64 queries each
-    query_stages: int  # 2: the next tile's queries arrive during this one
+    query_tiles: int  # of 64 queries; those beyond the consumers' own arrive during the tile before
     stages: int  # tiles of K, and of V, in flight
     consumer_registers: int
     producer_registers: int
@@ -33,7 +33,7 @@ class DqTile(NamedTuple):
     """Launch configuration of the kernel that makes dq, by two warpgroups of 64 queries."""
 
     block_n: int  # keys a tile
-    query_stages: int
+    query_tiles: int
     key_stages: int
     value_stages: int
     consumer_registers: int
@@ -43,15 +43,15 @@ class DqTile(NamedTuple):
 
 FORWARD = {
     # Four stages beat two by 8 to 15 % up to 2,048 keys, by 1 to 9 % at 8,192.
-    "64": ForwardTile(128, 2, 2, 4, 240, 24),
+    "64": ForwardTile(128, 2, 4, 4, 240, 24),
     # A third warpgroup hides more latency, though each then spills: 497 against 441 TFLOP/s at 8,192 keys, causal 487
     # against 471; slower for short sequences, whose ends, like the diagonal, cut deeper into taller tiles.
-    "64 long": ForwardTile(128, 3, 2, 3, 160, 32, spills=32),
+    "64 long": ForwardTile(128, 3, 6, 3, 160, 32, spills=32),
     # Tiles of 128 + 32 or 128 + 64 keys ran 5 % slower at 8,192 keys, of 64 keys 6 to 18 %. A second stage of queries
     # took 512 keys from 402 to 486 TFLOP/s and 8,192 causal ones from 616 to 681.
-    "128": ForwardTile(128, 2, 2, 2, 240, 24),
+    "128": ForwardTile(128, 2, 4, 2, 240, 24),
     # 128 keys do not fit the registers, a second stage of queries not the shared memory.
-    "256": ForwardTile(64, 2, 1, 2, 240, 24),
+    "256": ForwardTile(64, 2, 2, 2, 240, 24),
 }
 # A kernel of dq's own makes 7 products of 5, but no sums in memory: none to clear, to add to and to round. So it is
 # faster for short sequences, and a repeatable dq costs up to 11 % for long ones.
@@ -63,10 +63,10 @@ BACKWARD = {
     256: BackwardTile(64, 64, 0, 240, 24, is_wide=True),
 }
 DQ = {
-    64: DqTile(128, 2, 3, 3, 240, 24),
-    128: DqTile(128, 1, 2, 2, 240, 24, spills=24),
+    64: DqTile(128, 4, 3, 3, 240, 24),
+    128: DqTile(128, 2, 2, 2, 240, 24, spills=24),
     # Larger tiles of keys do not fit the registers, more of them not the shared memory.
-    256: DqTile(64, 1, 2, 1, 240, 24, spills=60),
+    256: DqTile(64, 2, 2, 1, 240, 24, spills=60),
 }
 LONG = 2048  # keys from which on "64 long" wins
 LONG_CAUSAL = 8192
@@ -81,7 +81,8 @@ def forward_tile(problem: AttentionProblem) -> ForwardTile:
     """The row for a problem."""
     width = padded_head_dim(problem.head_dim)
     longest = LONG if problem.right < 0 else LONG_CAUSAL
-    is_long = width == 64 and problem.left < 0 and problem.seqlen_k >= longest
+    is_plain = problem.left < 0 and not (problem.has_softcap or problem.has_alibi)
+    is_long = width == 64 and is_plain and problem.seqlen_k >= longest
     return FORWARD[f"{width} long" if is_long else str(width)]
 
 

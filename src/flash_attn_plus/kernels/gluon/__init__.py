@@ -11,9 +11,10 @@ from flash_attn_plus.kernels.gluon import (
     forward,
     hopper,
     query_tiles,
+    score,
     softmax,
     tiles,
 )
 
-keys.settle(hopper, band, tiles, softmax, query_tiles, forward, backward_ends, backward_work)
+keys.settle(hopper, band, tiles, softmax, score, query_tiles, forward, backward_ends, backward_work)
 keys.settle(backward, backward_wide, backward_dq)

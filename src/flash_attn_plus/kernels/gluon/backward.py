@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flash_attn_plus.kernels.gluon.backward_work import DQ_FULL, SIDE, Shared, Work, dq_writer, producer
 from flash_attn_plus.kernels.gluon.hopper import named_arrive, named_sync, new_barriers, new_ring, store_tile
+from flash_attn_plus.kernels.gluon.score import Rule
 from flash_attn_plus.kernels.gluon.tiles import new_mailbox
 
 _BOTH = gl.constexpr(4)  # id of the consumers' hardware barrier; 5 and 6 are DQ_FULL's
@@ -27,8 +28,8 @@ _RINGS = gl.constexpr(7)
 
 
 @gluon.jit
-def _step(i, is_masked, row0, dk, dv, shared, limits, band, scale_log2, WG: gl.constexpr, HAS_MASK: gl.constexpr,
-          HAS_DQ: gl.constexpr):  # fmt: skip
+def _step(i, is_masked, row0, diagonal, slope, dk, dv, shared, limits, band, rule, WG: gl.constexpr,
+          HAS_MASK: gl.constexpr, HAS_DQ: gl.constexpr):  # fmt: skip
     """One tile of queries: (dk, dv) with its part added, dq's part handed to the writer."""
     BLOCK_D: gl.constexpr = shared.keys.tiles.shape[2]
     BLOCK_M: gl.constexpr = shared.queries.tiles.shape[1]
@@ -52,13 +53,16 @@ def _step(i, is_masked, row0, dk, dv, shared, limits, band, scale_log2, WG: gl.c
     shared.gradients.wait(i)
     dp = warpgroup_mma(own_v, do.permute((1, 0)), no_scores, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
+    s, steepness = rule.apply(s, slope, diagonal, row0, s_layout)
     if HAS_MASK:
         if is_masked:
             s = band.mask_queries(s, limits, row0, s_layout)
     lse = shared.lses.index(stage).reshape([BLOCK_M]).load(columns)
-    p = gl.exp2(s * scale_log2 - gl.expand_dims(lse, 0))
+    p = gl.exp2(s * rule.factor() - gl.expand_dims(lse, 0))
     weights = gl.convert_layout(p.to(dtype), p_layout, assert_trivial=True)
     dv = warpgroup_mma(weights, do, dv, is_async=True)
+    if rule.has_softcap:
+        p = p * steepness
     if HAS_DQ:
         mbarrier.wait(shared.dq_empty.index(WG), (i & 1) ^ 1)  # needed below; here it keeps the compiler's waits apart
     else:
@@ -93,7 +97,7 @@ def _step(i, is_masked, row0, dk, dv, shared, limits, band, scale_log2, WG: gl.c
 
 
 @gluon.jit
-def _consumer(dk_desc, dv_desc, shared, work, scale_log2, scale, WG: gl.constexpr, HAS_MASK: gl.constexpr,
+def _consumer(dk_desc, dv_desc, shared, work, rule, scale, WG: gl.constexpr, HAS_MASK: gl.constexpr,
               HAS_DQ: gl.constexpr):  # fmt: skip
     """One warpgroup: 64 keys of every tile, and one half of dq."""
     BLOCK_D: gl.constexpr = shared.keys.tiles.shape[2]
@@ -117,12 +121,16 @@ def _consumer(dk_desc, dv_desc, shared, work, scale_log2, scale, WG: gl.constexp
         tiles = t.end - t.first
         masked = t.masked_end - t.first
         tile = 0  # of this head
+        head = t.head_k * t.group
+        diagonal = t.col0 + WG * KEYS - t.first * BLOCK_M - (t.band.len_k - t.band.len_q)
         shared.keys.wait(done)
         shared.values.wait(done)
         for i in range(n, end):
-            dk, dv = _step(i, tile < masked, tile * BLOCK_M, dk, dv, shared, limits, t.band, scale_log2, WG, HAS_MASK,
-                           HAS_DQ)  # fmt: skip
+            slope = rule.slope(t.batch, head)
+            dk, dv = _step(i, tile < masked, tile * BLOCK_M, diagonal, slope, dk, dv, shared, limits, t.band, rule, WG,
+                           HAS_MASK, HAS_DQ)  # fmt: skip
             tile = gl.where(tile + 1 == tiles, 0, tile + 1)
+            head = gl.where(tile == 0, head + 1, head)
         shared.values.release(done)
         shared.keys.release(done)
         n = end
@@ -145,13 +153,13 @@ def _consumer(dk_desc, dv_desc, shared, work, scale_log2, scale, WG: gl.constexp
 
 
 @gluon.jit(
-    do_not_specialize=["batch", "heads", "group", "chunk", "len_q", "len_k", "left", "right"],
-    do_not_specialize_on_alignment=["cu_q_ptr", "cu_k_ptr", "counter_ptr"],
+    do_not_specialize=["batch", "heads", "group", "chunk", "len_q", "len_k", "left", "right", "slope_stride"],
+    do_not_specialize_on_alignment=["cu_q_ptr", "cu_k_ptr", "counter_ptr", "slopes_ptr"],
 )
 def attention_backward_kernel(
     q_desc, k_desc, v_desc, do_desc, stat_desc, dq_desc, dk_desc, dv_desc, cu_q_ptr, cu_k_ptr, counter_ptr,
-    batch, heads, group, chunk, len_q, len_k, left, right, scale_log2, scale,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_EDGE: gl.constexpr,
+    slopes_ptr, batch, heads, group, chunk, len_q, len_k, left, right, slope_stride, scale_log2, cap_scale, cap, scale,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_EDGE: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dk, dv and, with `dq_desc`, the unscaled float32 dq accumulator from q, k, v, dout and the rows' statistics.
@@ -182,17 +190,18 @@ def attention_backward_kernel(
     fence_async_shared()
     work = Work(cu_q_ptr, cu_k_ptr, batch, heads, group, chunk, len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT,
                 BLOCK_M, BLOCK_N)  # fmt: skip
+    rule = Rule(scale_log2, cap_scale, cap, slopes_ptr, slope_stride, HAS_SOFTCAP)
     shared = Shared(keys, values, queries, gradients, lses, deltas, ds_tiles, dq_tiles, dq_empty, mailbox)
     if HAS_DQ:
         gl.warp_specialize([
-            (_consumer, (dk_desc, dv_desc, shared, work, scale_log2, scale, 0, HAS_MASK, HAS_DQ)),
-            (_consumer, (dk_desc, dv_desc, shared, work, scale_log2, scale, 1, HAS_MASK, HAS_DQ)),
+            (_consumer, (dk_desc, dv_desc, shared, work, rule, scale, 0, HAS_MASK, HAS_DQ)),
+            (_consumer, (dk_desc, dv_desc, shared, work, rule, scale, 1, HAS_MASK, HAS_DQ)),
             (producer, (q_desc, k_desc, v_desc, do_desc, stat_desc, shared, work, counter_ptr)),
             (dq_writer, (dq_desc, shared, work)),
         ], [4, 1, 1], [CONSUMER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consumer, (dk_desc, dv_desc, shared, work, scale_log2, scale, 0, HAS_MASK, HAS_DQ)),
-            (_consumer, (dk_desc, dv_desc, shared, work, scale_log2, scale, 1, HAS_MASK, HAS_DQ)),
+            (_consumer, (dk_desc, dv_desc, shared, work, rule, scale, 0, HAS_MASK, HAS_DQ)),
+            (_consumer, (dk_desc, dv_desc, shared, work, rule, scale, 1, HAS_MASK, HAS_DQ)),
             (producer, (q_desc, k_desc, v_desc, do_desc, stat_desc, shared, work, counter_ptr)),
         ], [4, 1], [CONSUMER_REGISTERS, OTHER_REGISTERS])  # fmt: skip

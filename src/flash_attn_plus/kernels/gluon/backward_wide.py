@@ -10,6 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from flash_attn_plus.kernels.gluon.backward_work import Work, producer
 from flash_attn_plus.kernels.gluon.hopper import Ring, named_arrive, named_sync, new_ring, record, store_tile
+from flash_attn_plus.kernels.gluon.score import Rule
 from flash_attn_plus.kernels.gluon.tiles import Mailbox, new_mailbox
 
 _P_FULL = gl.constexpr(4)  # ids of hardware barriers, one for each tile of weights
@@ -32,7 +33,7 @@ class Shared:
 
 
 @gluon.jit
-def _dv_consumer(dv_desc, shared, work, scale_log2, HAS_MASK: gl.constexpr):
+def _dv_consumer(dv_desc, shared, work, rule, HAS_MASK: gl.constexpr):
     """One warpgroup: the weights of every step, and dv."""
     KEYS: gl.constexpr = shared.keys.tiles.shape[1]
     BLOCK_D: gl.constexpr = shared.keys.tiles.shape[2]
@@ -58,6 +59,8 @@ def _dv_consumer(dv_desc, shared, work, scale_log2, HAS_MASK: gl.constexpr):
         tiles = t.end - t.first
         masked = t.masked_end - t.first
         tile = 0  # of this head
+        head = t.head_k * t.group
+        diagonal = t.col0 - t.first * BLOCK_M - (t.band.len_k - t.band.len_q)
         shared.keys.wait(done)
         for i in range(begin, end):
             shared.queries.wait(i)
@@ -66,20 +69,24 @@ def _dv_consumer(dv_desc, shared, work, scale_log2, HAS_MASK: gl.constexpr):
             lse = shared.lses.index(i % 2).reshape([BLOCK_M]).load(gl.SliceLayout(0, s_layout))
             s = warpgroup_mma_wait(0, deps=(s,))
             shared.queries.release(i)
+            s, steepness = rule.apply(s, rule.slope(t.batch, head), diagonal, tile * BLOCK_M, s_layout)
             if HAS_MASK:
                 if tile < masked:
                     s = t.band.mask_queries(s, limits, tile * BLOCK_M, s_layout)
-            p = gl.exp2(s * scale_log2 - gl.expand_dims(lse, 0))
+            p = gl.exp2(s * rule.factor() - gl.expand_dims(lse, 0))
+            weights = gl.convert_layout(p.to(dtype), p_layout, assert_trivial=True)
+            if rule.has_softcap:
+                p = p * steepness
             if i >= begin + 2:
                 named_sync(_P_EMPTY + i % 2, 256)
             shared.p_tiles.index(i % 2).store(p)
             named_arrive(_P_FULL + i % 2, 256)
             shared.gradients.wait(i)
-            weights = gl.convert_layout(p.to(dtype), p_layout, assert_trivial=True)
             dv = warpgroup_mma(weights, shared.gradients.tile(i), dv, is_async=True)
             dv = warpgroup_mma_wait(0, deps=(dv,))
             shared.gradients.release(i)
             tile = gl.where(tile + 1 == tiles, 0, tile + 1)
+            head = gl.where(tile == 0, head + 1, head)
         n = end
         for i in gl.static_range(2):  # the tiles of weights are spent: their memory carries dv
             if end - begin > i:
@@ -148,13 +155,13 @@ def _dk_consumer(dk_desc, shared, work, scale):
 
 
 @gluon.jit(
-    do_not_specialize=["batch", "heads", "group", "chunk", "len_q", "len_k", "left", "right"],
-    do_not_specialize_on_alignment=["cu_q_ptr", "cu_k_ptr", "counter_ptr"],
+    do_not_specialize=["batch", "heads", "group", "chunk", "len_q", "len_k", "left", "right", "slope_stride"],
+    do_not_specialize_on_alignment=["cu_q_ptr", "cu_k_ptr", "counter_ptr", "slopes_ptr"],
 )
 def attention_backward_wide_kernel(
     q_desc, k_desc, v_desc, do_desc, stat_desc, dk_desc, dv_desc, cu_q_ptr, cu_k_ptr, counter_ptr,
-    batch, heads, group, chunk, len_q, len_k, left, right, scale_log2, scale,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_EDGE: gl.constexpr,
+    slopes_ptr, batch, heads, group, chunk, len_q, len_k, left, right, slope_stride, scale_log2, cap_scale, cap, scale,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_EDGE: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dk and dv from q, k, v, dout and the rows' statistics.
@@ -180,9 +187,10 @@ def attention_backward_wide_kernel(
     fence_async_shared()
     work = Work(cu_q_ptr, cu_k_ptr, batch, heads, group, chunk, len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT,
                 BLOCK_M, BLOCK_N)  # fmt: skip
+    rule = Rule(scale_log2, cap_scale, cap, slopes_ptr, slope_stride, HAS_SOFTCAP)
     shared = Shared(keys, values, queries, gradients, lses, deltas, p_tiles, mailbox)
     gl.warp_specialize([
-        (_dv_consumer, (dv_desc, shared, work, scale_log2, HAS_MASK)),
+        (_dv_consumer, (dv_desc, shared, work, rule, HAS_MASK)),
         (_dk_consumer, (dk_desc, shared, work, scale)),
         (producer, (q_desc, k_desc, v_desc, do_desc, stat_desc, shared, work, counter_ptr)),
     ], [4, 1], [CONSUMER_REGISTERS, OTHER_REGISTERS])  # fmt: skip

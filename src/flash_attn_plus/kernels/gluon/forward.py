@@ -17,13 +17,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flash_attn_plus.kernels.gluon import softmax
 from flash_attn_plus.kernels.gluon.hopper import new_barriers, new_ring, store_tile
-from flash_attn_plus.kernels.gluon.query_tiles import Queries, Work, producer
+from flash_attn_plus.kernels.gluon.query_tiles import KeysAt, Queries, Work, producer
+from flash_attn_plus.kernels.gluon.score import Rule
 from flash_attn_plus.kernels.gluon.tiles import new_mailbox
 
 
 @gluon.jit
-def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, scale,
-              WG: gl.constexpr):  # fmt: skip
+def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, rule, WG: gl.constexpr):
     """One warpgroup: 64 query rows of every tile."""
     BLOCK_M: gl.constexpr = queries.tiles.shape[1]
     BLOCK_N: gl.constexpr = keys.tiles.shape[1]
@@ -43,17 +43,20 @@ def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, s
     while batch >= 0:
         first, full_first, full_end, end = band.key_tiles(row0, work.ROWS, BLOCK_N)
         row0 += WG * BLOCK_M
+        diagonal = row0 + band.len_k - band.len_q
+        slope = rule.slope(batch, head)
         o = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, o_layout)
         slot = queries.slot(done, WG, CONSUMERS)
         q = queries.tiles.index(slot)
-        mbarrier.wait(queries.full.index(slot), queries.phase(done, CONSUMERS))
+        mbarrier.wait(queries.full.index(slot), queries.phase(done, WG, CONSUMERS))
         keys.wait(n)
         s = warpgroup_mma(q, keys.tile(n).permute((1, 0)), no_scores, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=(s,))
         keys.release(n)
+        s, _ = rule.apply(s, slope, diagonal, (end - 1) * BLOCK_N, s_layout)
         if (end <= full_first) | (end > full_end):
             s = band.mask_keys(s, row0, (end - 1) * BLOCK_N, s_layout)
-        row_max, p, row_sum = softmax.start(s, scale)
+        row_max, p, row_sum = softmax.start(s, rule.factor())
         weights = gl.convert_layout(p.to(dtype), p_layout, assert_trivial=True)
         if IS_AHEAD:
             if done > 0:  # by now the last tile's output has left, and its memory can take queries
@@ -67,9 +70,10 @@ def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, s
             o = warpgroup_mma(weights, values.tile(n + i - 1), o, is_async=True)
             s = warpgroup_mma_wait(1, deps=(s,))
             keys.release(n + i)
+            s, _ = rule.apply(s, slope, diagonal, block * BLOCK_N, s_layout)
             if (block < full_first) | (block >= full_end):
                 s = band.mask_keys(s, row0, block * BLOCK_N, s_layout)
-            row_max, decay, p, row_sum = softmax.step(s, scale, row_max, row_sum)
+            row_max, decay, p, row_sum = softmax.step(s, rule.factor(), row_max, row_sum)
             values.wait(n + i)  # used in the next step; here it keeps the compiler from waiting for o any earlier
             o = warpgroup_mma_wait(0, deps=(o,))
             values.release(n + i - 1)
@@ -97,14 +101,18 @@ def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, s
 
 
 @gluon.jit(
-    do_not_specialize=["batch", "heads", "group", "chunk", "len_q", "len_k", "left", "right", "lse_rows"],
-    do_not_specialize_on_alignment=["lse_ptr", "cu_q_ptr", "cu_k_ptr", "counter_ptr"],
-)
+    do_not_specialize=["batch", "heads", "group", "chunk", "len_q", "len_k", "left", "right", "lse_rows", "rows_k",
+                       "table_stride", "slope_stride"],
+    do_not_specialize_on_alignment=["lse_ptr", "cu_q_ptr", "cu_k_ptr", "counter_ptr", "used_ptr", "leftpad_ptr",
+                                    "table_ptr", "slopes_ptr"],
+)  # fmt: skip
 def attention_forward_kernel(
     q_desc, k_desc, v_desc, o_desc, lse_ptr, cu_q_ptr, cu_k_ptr, counter_ptr,
-    batch, heads, group, chunk, len_q, len_k, left, right, lse_rows, scale,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr,
-    STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    used_ptr, leftpad_ptr, table_ptr, slopes_ptr, batch, heads, group, chunk, len_q, len_k, left, right, lse_rows,
+    rows_k, table_stride, slope_stride, scale, cap_scale, cap,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr, PAGE: gl.constexpr,
+    CONSUMERS: gl.constexpr, Q_TILES: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """out and natural-log lse of softmax(scale * q k^T / log2(e)) v; scale is in log2 units.
 
@@ -116,33 +124,29 @@ def attention_forward_kernel(
     BLOCK_D: gl.constexpr = q_desc.block_type.shape[-1]
     BLOCK_N: gl.constexpr = k_desc.block_type.shape[-2]
     dtype: gl.constexpr = q_desc.dtype
-    SLOTS: gl.constexpr = CONSUMERS * Q_STAGES
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], dtype)
-    q_tiles = gl.allocate_shared_memory(dtype, [SLOTS, BLOCK_M, BLOCK_D], layout)
-    queries = Queries(q_tiles, new_barriers(SLOTS, 1), new_barriers(SLOTS, 1))
+    q_tiles = gl.allocate_shared_memory(dtype, [Q_TILES, BLOCK_M, BLOCK_D], layout)
+    queries = Queries(q_tiles, new_barriers(Q_TILES, 1), new_barriers(Q_TILES, 1))
     keys = new_ring(dtype, STAGES, BLOCK_N, BLOCK_D, 6, CONSUMERS)
     values = new_ring(dtype, STAGES, BLOCK_N, BLOCK_D, 6 + STAGES, CONSUMERS)
     mailbox = new_mailbox(6, CONSUMERS)
     fence_async_shared()
-    work = Work(cu_q_ptr, cu_k_ptr, batch, heads, chunk, len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT,
+    keys_at = KeysAt(cu_k_ptr, used_ptr, leftpad_ptr, table_ptr, rows_k, table_stride, PAGE)
+    work = Work(cu_q_ptr, keys_at, batch, heads, chunk, len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT,
                 CONSUMERS * BLOCK_M)  # fmt: skip
+    rule = Rule(scale, cap_scale, cap, slopes_ptr, slope_stride, HAS_SOFTCAP)
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work,
-                         scale, 0)),
-            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work,
-                         scale, 1)),
+            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, rule, 0)),
+            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, rule, 1)),
             (producer, (q_desc, None, k_desc, v_desc, queries, None, keys, values, mailbox, work, group,
                         counter_ptr, -1)),
         ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work,
-                         scale, 0)),
-            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work,
-                         scale, 1)),
-            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work,
-                         scale, 2)),
+            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, rule, 0)),
+            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, rule, 1)),
+            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, rule, 2)),
             (producer, (q_desc, None, k_desc, v_desc, queries, None, keys, values, mailbox, work, group,
                         counter_ptr, -1)),
         ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip

@@ -10,11 +10,48 @@ from flash_attn_plus.kernels.gluon.tiles import draw, place
 
 
 @record
+class KeysAt:
+    """Where the keys of sequences lie: one after the other, in equal parts of a cache, or in pages of one."""
+
+    cu_k_ptr: object
+    used_ptr: object  # lengths, where not all of the cache is in use
+    leftpad_ptr: object  # first rows in use
+    table_ptr: object  # pages of each sequence
+    rows: object  # of the cache from one sequence, or page, to the next
+    table_stride: object
+    PAGE: gl.constexpr  # rows of a page, a multiple of a tile's; 0: not paged
+
+    @gluon.jit
+    def span(self, batch, len_k):
+        """(first row, length) of a sequence; rows of pages count from its own first one."""
+        start, len_k = span(self.cu_k_ptr, batch, len_k)
+        if self.cu_k_ptr is None and (self.used_ptr is not None or self.leftpad_ptr is not None):
+            start = batch * self.rows
+        if self.used_ptr is not None:
+            len_k = gl.minimum(gl.load(self.used_ptr + batch), len_k)  # never beyond what is allocated
+        if self.leftpad_ptr is not None:
+            pad = gl.load(self.leftpad_ptr + batch)
+            start += pad
+            len_k = gl.maximum(len_k - pad, 0)
+        return start, len_k
+
+    @gluon.jit
+    def place(self, batch, start, length, row):
+        """(first row, length, row within) of the memory that holds a row's tile."""
+        if self.PAGE > 0:
+            block = gl.minimum(row, length - 1) // self.PAGE
+            start = gl.load(self.table_ptr + batch.to(gl.int64) * self.table_stride + block) * self.rows
+            length = gl.minimum(length - block * self.PAGE, self.PAGE)
+            row -= block * self.PAGE
+        return start, length, row
+
+
+@record
 class Work:
     """What every role needs to know of the call to place a tile."""
 
     cu_q_ptr: object
-    cu_k_ptr: object
+    keys_at: KeysAt
     batch: object
     heads: object
     chunk: object
@@ -38,7 +75,7 @@ class Work:
         batch_head, block = place(tile, self.batch * self.heads, self.chunk, blocks)
         batch = batch_head // self.heads
         q_start, len_q = span(self.cu_q_ptr, batch, self.len_q)
-        k_start, len_k = span(self.cu_k_ptr, batch, self.len_k)
+        k_start, len_k = self.keys_at.span(batch, self.len_k)
         band = Band(len_q, len_k, self.left, self.right, self.has_left, self.has_right)
         return batch, batch_head % self.heads, block * self.ROWS, q_start, k_start, band
 
@@ -54,30 +91,31 @@ class Work:
 
 @record
 class Queries:
-    """Every consumer's tiles of queries: one, or two so that the next arrives early."""
+    """The consumers' tiles of queries, in turn; with more of them than consumers the next ones arrive early."""
 
-    tiles: gl.shared_memory_descriptor  # [consumers * stages, rows, columns]
+    tiles: gl.shared_memory_descriptor  # [tiles, rows, columns]
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
 
     @gluon.jit
     def slot(self, i, consumer, CONSUMERS: gl.constexpr):
         """Where a consumer's i-th tile lies."""
-        return i % (self.tiles.shape[0] // CONSUMERS) * CONSUMERS + consumer
+        return (i * CONSUMERS + consumer) % self.tiles.shape[0]
 
     @gluon.jit
-    def phase(self, i, CONSUMERS: gl.constexpr):
-        """The parity of the i-th tile's barriers."""
-        return i // (self.tiles.shape[0] // CONSUMERS) & 1
+    def phase(self, i, consumer, CONSUMERS: gl.constexpr):
+        """The parity of its barriers."""
+        return (i * CONSUMERS + consumer) // self.tiles.shape[0] & 1
 
 
 @gluon.jit
-def _fill_keys(i, k_desc, v_desc, keys, values, batch, start, length, head, col0):
+def _fill_keys(i, k_desc, v_desc, keys, values, keys_at, batch, start, length, head, col0):
     """Copy in the i-th tiles of K and V."""
+    start, length, row = keys_at.place(batch, start, length, col0)
     full = keys.acquire(i, k_desc.block_type.nbytes)
-    load_tile(k_desc, batch, start, length, head, col0, full, keys.tile(i))
+    load_tile(k_desc, batch, start, length, head, row, full, keys.tile(i))
     full = values.acquire(i, v_desc.block_type.nbytes)
-    load_tile(v_desc, batch, start, length, head, col0, full, values.tile(i))
+    load_tile(v_desc, batch, start, length, head, row, full, values.tile(i))
 
 
 @gluon.jit
@@ -98,7 +136,7 @@ def producer(q_desc, do_desc, k_desc, v_desc, queries, do_tiles, keys, values, m
             mailbox.send(sent, (batch, head, row0, q_start, band.len_q, band.len_k))
             for w in gl.static_range(CONSUMERS):
                 slot = queries.slot(sent, w, CONSUMERS)
-                mbarrier.wait(queries.empty.index(slot), queries.phase(sent, CONSUMERS) ^ 1)
+                mbarrier.wait(queries.empty.index(slot), queries.phase(sent, w, CONSUMERS) ^ 1)
                 mbarrier.expect(queries.full.index(slot), BYTES)
                 row = row0 + w * BLOCK_M
                 full = queries.full.index(slot)
@@ -108,11 +146,12 @@ def producer(q_desc, do_desc, k_desc, v_desc, queries, do_tiles, keys, values, m
             first, _, _, end = band.key_tiles(row0, work.ROWS, BLOCK_N)
             head_k = head // group
             col0 = (first if STEP > 0 else end - 1) * BLOCK_N
-            _fill_keys(copied, k_desc, v_desc, keys, values, batch, k_start, band.len_k, head_k, col0)
+            at = work.keys_at
+            _fill_keys(copied, k_desc, v_desc, keys, values, at, batch, k_start, band.len_k, head_k, col0)
             tile = draw(tile, tiles, counter_ptr)  # here the counter's latency is hidden
             for i in range(1, end - first):
                 col0 += STEP * BLOCK_N
-                _fill_keys(copied + i, k_desc, v_desc, keys, values, batch, k_start, band.len_k, head_k, col0)
+                _fill_keys(copied + i, k_desc, v_desc, keys, values, at, batch, k_start, band.len_k, head_k, col0)
             copied += end - first
             sent += 1
         else:
