@@ -100,11 +100,15 @@ class Queries:
     @gluon.jit
     def slot(self, i, consumer, CONSUMERS: gl.constexpr):
         """Where a consumer's i-th tile lies."""
+        if self.tiles.shape[0] % CONSUMERS == 0:
+            return i % (self.tiles.shape[0] // CONSUMERS) * CONSUMERS + consumer
         return (i * CONSUMERS + consumer) % self.tiles.shape[0]
 
     @gluon.jit
     def phase(self, i, consumer, CONSUMERS: gl.constexpr):
         """The parity of its barriers."""
+        if self.tiles.shape[0] % CONSUMERS == 0:
+            return i // (self.tiles.shape[0] // CONSUMERS) & 1
         return (i * CONSUMERS + consumer) // self.tiles.shape[0] & 1
 
 
