@@ -7,7 +7,7 @@ from flash_attn_plus.tuning.config import power_of_two
 
 
 class RowConfig(NamedTuple):
-    """A kernel that holds whole rows in registers."""
+    """A kernel over rows, which it holds in registers where `block_cols` is not less than a row."""
 
     block_rows: int
     block_cols: int
@@ -21,11 +21,20 @@ def _warps(elements: int, per_thread: int, facts: Device) -> int:
     return min(1024 // width, max(1, power_of_two(elements) // (width * per_thread)))
 
 
-def norm_forward(cols: int, facts: Device) -> RowConfig:
-    """Whole rows in registers; short rows are taken several at a time so that a program moves about 4 KB."""
+REREAD_FROM = 4096  # columns from which the forward kernel reads a row again instead of holding it
+
+
+def norm_forward(cols: int, has_dropout: bool, facts: Device) -> RowConfig:
+    """Whole rows in registers; short rows are taken several at a time so that a program moves about 4 KB.
+
+    Long rows are read again, in steps: `block_cols` is less than a row then. Not with dropout, which would be drawn
+    again each time, nor on AMD, whose nearest caches are small.
+    """
     block_cols = max(16, power_of_two(cols))
-    block_rows = max(1, 2048 // block_cols)
     # 16 elements a thread are two 16-byte loads of a 16-bit type in flight: enough with several programs a processor.
+    if block_cols >= REREAD_FROM and not has_dropout and facts.family not in ("cdna", "rdna"):
+        return RowConfig(1, block_cols // 2, block_cols // 1024)
+    block_rows = max(1, 2048 // block_cols)
     # Long rows take 32: more threads would wait for each other in every reduction.
     warps = _warps(block_rows * block_cols, 16 if block_cols <= 4096 else 32, facts)
     return RowConfig(block_rows, block_cols, min(16, warps))

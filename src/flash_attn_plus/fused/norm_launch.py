@@ -22,18 +22,24 @@ def norm_forward(
     x, weight, bias, residual, x1, weight1, bias1, rowscale, seeds, eps, dropout_p, zero_centered_weight, is_rms_norm,
     y, y1, t, mean, rstd, mask, mask1,
 ) -> None:  # fmt: skip
-    """One program a block of rows."""
+    """One program a block of rows, or a row where rows are long."""
     from flash_attn_plus.kernels.triton.norm import NormFlags, norm_forward_kernel
+    from flash_attn_plus.kernels.triton.norm_long import norm_long_forward_kernel
 
     rows, cols = x.shape
-    config = launch.norm_forward(cols, device.probe(x.device))
+    config = launch.norm_forward(cols, seeds is not None, device.probe(x.device))
+    flags, strides = NormFlags(is_rms_norm, zero_centered_weight), _row_strides(x, residual, x1, y, y1, t)
     with on_device(x):
+        if config.block_cols < cols:
+            norm_long_forward_kernel[(rows,)](
+                x, residual, x1, rowscale, weight, bias, weight1, bias1, y, y1, t, mean, rstd, *strides, eps,
+                cols, flags, config.block_cols, num_warps=config.num_warps,
+            )  # fmt: skip
+            return
         norm_forward_kernel[(-(-rows // config.block_rows),)](
             x, residual, x1, rowscale, seeds, weight, bias, weight1, bias1, y, y1, t, mean, rstd, mask, mask1,
-            *_row_strides(x, residual, x1, y, y1, t),
-            rows, eps, keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
-            cols, NormFlags(is_rms_norm, zero_centered_weight), config.block_rows, config.block_cols,
-            num_warps=config.num_warps,
+            *strides, rows, eps, keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
+            cols, flags, config.block_rows, config.block_cols, num_warps=config.num_warps,
         )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from flash_attn_plus.kernels.triton import (
     forward,
     mask,
     norm,
+    norm_long,
     rotary,
     score,
     sequence,
@@ -19,4 +20,4 @@ from flash_attn_plus.kernels.triton import (
 )
 
 keys.settle(dropout, mask, score, sequence, softmax, block_lists, forward, backward, decode)
-keys.settle(norm, activation, cross_entropy, rotary, cache_append)
+keys.settle(norm, norm_long, activation, cross_entropy, rotary, cache_append)
