@@ -22,9 +22,11 @@ SPILLS = {
 }
 
 
-def launches(target: str, head_dim: int, causal: bool, dtype=torch.bfloat16, is_rich: bool = False) -> list[Launch]:
+def launches(
+    target: str, head_dim: int, causal: bool, dtype=torch.bfloat16, is_rich: bool = False, length: int = 512
+) -> list[Launch]:
     """All launches of a forward and a backward pass; `is_rich` turns every feature on that fits together."""
-    q, k = torch.empty(2, 512, 8, head_dim, dtype=dtype), torch.empty(2, 512, 2, head_dim, dtype=dtype)
+    q, k = torch.empty(2, length, 8, head_dim, dtype=dtype), torch.empty(2, length, 2, head_dim, dtype=dtype)
     left, features = -1, {}
     if is_rich:
         q, k, left = q.flatten(0, 1), k.flatten(0, 1), 100
@@ -38,7 +40,8 @@ def launches(target: str, head_dim: int, causal: bool, dtype=torch.bfloat16, is_
         }
     inputs = AttentionInputs(q, k, k, head_dim**-0.5, **features)
     forward, backward = (
-        describe(inputs, 512, 512, left, 0 if causal else -1, is_backward=is_backward) for is_backward in (False, True)
+        describe(inputs, length, length, left, 0 if causal else -1, is_backward=is_backward)
+        for is_backward in (False, True)
     )
     out, lse = ops.allocate_outputs(q, k, is_rich)
     triton_launch.forget_fitting()
@@ -60,6 +63,8 @@ def check(target: str, launch: Launch, spills_allowed: bool) -> None:
         assert found.spills <= limit, f"{name} spills {found.spills} registers with {launch.options} {launch.args[-7:]}"
     if target == "cuda:90" and "statistics" not in name:
         assert "HGMMA" in found.assembly, f"{name} does not use the warpgroup products"
+        by_descriptor = any(getattr(value, "has_descriptors", False) for value in launch.args)
+        assert ("UTMALDG" in found.assembly) == by_descriptor, f"{name} does not use the copy engine for what it should"
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -74,6 +79,13 @@ def test_causal_without_spills(target: str, head_dim: int):
 def test_full_without_spills(target: str, head_dim: int):
     for launch in launches(target, head_dim, causal=False):
         check(target, launch, spills_allowed=False)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_hopper_without_descriptors(head_dim: int):
+    for launch in launches("cuda:90", head_dim, causal=True, length=256):
+        assert not any(getattr(value, "has_descriptors", False) for value in launch.args)
+        check("cuda:90", launch, spills_allowed=False)
 
 
 @pytest.mark.parametrize("target", TARGETS)

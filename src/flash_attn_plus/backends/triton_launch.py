@@ -7,9 +7,10 @@ import torch
 import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flash_attn_plus import device, env
-from flash_attn_plus.backends import triton_blocks, triton_replay
+from flash_attn_plus.backends import triton_blocks, triton_descriptors, triton_replay
 from flash_attn_plus.backends.triton_replay import Replay
 from flash_attn_plus.kernels.features import Features
 from flash_attn_plus.kernels.triton import backward as backward_kernels
@@ -62,6 +63,8 @@ def _slope_stride(slopes: Tensor | None) -> int:
 
 
 _fitting: dict[tuple, TileConfig] = {}
+# What says that tiles do not fit; some assemblers break off over some tiles that others take.
+_UNFIT = (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError)
 
 
 def forget_fitting() -> None:
@@ -79,7 +82,7 @@ def launch_first_fitting(key: tuple, configs: list[TileConfig], run: Callable[[T
     for i, config in enumerate(configs):
         try:
             run(config)
-        except triton.runtime.errors.OutOfResources:
+        except _UNFIT:
             if i + 1 == len(configs):
                 raise
             continue
@@ -95,6 +98,7 @@ class ForwardPlan:
         self._facts = device.probe(p.device)
         self._features = features(p, inputs)
         self._replay: Replay | None = None
+        self._descriptors: tuple[TensorDescriptor, ...] = ()  # of k and v in the replay
         packed_k = p.is_varlen_k
         self._strides_qkv = (
             *_row_strides(inputs.q, p.is_varlen_q),
@@ -116,7 +120,8 @@ class ForwardPlan:
             if self._problem.is_varlen_q:
                 out.zero_()  # rows behind the last sequence belong to no program
             if self._replay is not None and triton_replay.may_replay() and triton_replay.are_aligned(tensors):
-                self._replay(*tensors)
+                described = map(triton_descriptors.like, self._descriptors, (x.k, x.v))
+                self._replay(x.q, *(described if self._descriptors else (x.k, x.v)), *tensors[3:])
             else:
                 self._launch(x, tensors, out, lse)
 
@@ -126,17 +131,20 @@ class ForwardPlan:
 
         def run(c: TileConfig) -> None:
             c, F, blocks = triton_blocks.prepare(p, x, self._features, c, is_by_keys=False)
+            (k, v), F = triton_descriptors.streamed(c, F, (x.k, x.v), c.block_n)
             grid = (-(-p.seqlen_q // c.block_m) * p.heads * p.batch,)
             tail = (*strides, *self._numbers, blocks, *self._sizes, c.block_m, c.block_n, F)
             compiled = forward_kernels.attention_forward_kernel[grid](
-                *tensors, *tail, num_warps=c.num_warps, num_stages=c.num_stages
+                x.q, k, v, *tensors[3:], *tail, num_warps=c.num_warps, num_stages=c.num_stages
             )
             is_same = p.device.type == "cuda" and blocks is None and isinstance(compiled, CompiledKernel)
             if triton_replay.IS_PROVEN and is_same and triton_replay.are_aligned(tensors):
                 self._replay = Replay(compiled, grid, tail, p.device)
+                self._descriptors = triton_descriptors.forget_tensors(k, v) if c.by_descriptor else ()
 
         key = ("forward", p.device, p.dtype, p.head_dim, p.head_dim_v, x.block_size, self._features)
-        launch_first_fitting(key, heuristics.forward(p, self._facts), run)
+        configs = triton_descriptors.usable(heuristics.forward(p, self._facts), (x.k, x.v))
+        launch_first_fitting(key, configs, run)
 
 
 def forward(problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:
@@ -145,17 +153,9 @@ def forward(problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse
 
 
 def backward(
-    problem: AttentionProblem,
-    inputs: AttentionInputs,
-    dout: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dlse: Tensor | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    delta: Tensor,
-) -> None:
+    problem: AttentionProblem, inputs: AttentionInputs, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
+    dq: Tensor, dk: Tensor, dv: Tensor, delta: Tensor,
+) -> None:  # fmt: skip
     """Launch delta, then dk and dv, then dq."""
     p, x = problem, inputs
     F = features(p, x)
@@ -181,19 +181,22 @@ def backward(
 
     def run_dkdv(c: TileConfig) -> None:
         c, switches, blocks = triton_blocks.prepare(p, x, F, c, is_by_keys=True)
-        grid = (-(-p.seqlen_k // c.block_n) * p.heads_k * p.batch,)
-        for wants_dk, wants_dv in ((False, True), (True, False)) if c.is_split else ((True, True),):
+        (q, g), switches = triton_descriptors.streamed(c, switches, (x.q, dout), c.block_m)
+        passes = ((heuristics.dv_alone(c), False, True), (c, True, False)) if c.is_split else ((c, True, True),)
+        for t, wants_dk, wants_dv in passes:
+            grid = (-(-p.seqlen_k // t.block_n) * p.heads_k * p.batch,)
             backward_kernels.attention_backward_dkdv_kernel[grid](
-                x.q, x.k, x.v, dout, statistics, dk, dv, *spans, *strides, *_row_strides(dk, packed_k),
-                *_row_strides(dv, packed_k), stride_statistics, *numbers, blocks, *head_dims, c.block_m, c.block_n,
-                switches, wants_dk, wants_dv, num_warps=c.num_warps, num_stages=c.num_stages,
+                q, x.k, x.v, g, statistics, dk, dv, *spans, *strides, *_row_strides(dk, packed_k),
+                *_row_strides(dv, packed_k), stride_statistics, *numbers, blocks, *head_dims, t.block_m, t.block_n,
+                switches, wants_dk, wants_dv, num_warps=t.num_warps, num_stages=t.num_stages,
             )  # fmt: skip
 
     def run_dq(c: TileConfig) -> None:
         c, switches, blocks = triton_blocks.prepare(p, x, F, c, is_by_keys=False)
+        (k, v), switches = triton_descriptors.streamed(c, switches, (x.k, x.v), c.block_n)
         grid = (-(-p.seqlen_q // c.block_m) * p.heads * p.batch,)
         backward_kernels.attention_backward_dq_kernel[grid](
-            x.q, x.k, x.v, dout, lse, delta, dq, *spans, *strides, *_row_strides(dq, packed_q), *statistic_strides,
+            x.q, k, v, dout, lse, delta, dq, *spans, *strides, *_row_strides(dq, packed_q), *statistic_strides,
             *numbers, blocks, *head_dims, c.block_m, c.block_n, switches, num_warps=c.num_warps,
             num_stages=c.num_stages,
         )  # fmt: skip
@@ -203,8 +206,9 @@ def backward(
             for gradient in (dq, dk, dv):
                 gradient.zero_()
         run_statistics(heuristics.statistics(p))
-        launch_first_fitting(("dkdv", *key), heuristics.dkdv(p, facts), run_dkdv)
-        launch_first_fitting(("dq", *key), heuristics.dq(p, facts), run_dq)
+        usable = triton_descriptors.usable
+        launch_first_fitting(("dkdv", *key), usable(heuristics.dkdv(p, facts), (x.q, dout)), run_dkdv)
+        launch_first_fitting(("dq", *key), usable(heuristics.dq(p, facts), (x.k, x.v)), run_dq)
 
 
 def _allocate_statistics(p: AttentionProblem, q: Tensor) -> tuple[Tensor, int]:

@@ -23,3 +23,4 @@ class Features(NamedTuple):
     precision: str = "ieee"  # how float32 tiles are multiplied
     has_blocks: bool = False  # tiles are listed: those of the visible blocks
     has_cut_blocks: bool = False  # blocks begin or end within tiles
+    has_descriptors: bool = False  # the tiles of a loop come through tensor descriptors

@@ -11,6 +11,7 @@ class TileConfig(NamedTuple):
     num_warps: int
     num_stages: int
     is_split: bool = False  # dk and dv in a pass each: accumulators of large head dims do not fit together
+    by_descriptor: bool = False  # the tiles of a loop come through tensor descriptors, by a copy engine
 
 
 def power_of_two(n: int) -> int:

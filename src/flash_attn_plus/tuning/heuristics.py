@@ -78,6 +78,23 @@ _DQ: dict[str, dict[int, tuple[C, ...]]] = {
     "cdna": {64: (C(128, 64, 8, 2),), 128: (C(128, 32, 8, 2),), 256: (C(32, 32, 4, 1),), 512: (C(16, 16, 4, 1),)},
     "rdna": {64: (C(32, 32, 4, 1),), 128: (C(32, 32, 4, 1),), 256: (C(32, 16, 4, 1),), 512: (C(16, 16, 4, 1),)},
 }
+# Hopper, tiles through descriptors (full, banded): fewer registers for addresses, so more programs share a processor,
+# and one loop in place of two. Measured; at head dim 256 dq was not faster so.
+_BY_DESCRIPTOR: dict[str, dict[int, tuple[C, C]]] = {
+    "forward": {
+        64: (C(64, 128, 4, 2), C(64, 128, 4, 2)),
+        128: (C(128, 128, 8, 3), C(64, 64, 4, 3)),
+        256: (C(128, 64, 8, 2), C(128, 64, 8, 2)),
+    },
+    "dkdv": {
+        64: (C(64, 64, 4, 3), C(64, 64, 4, 3)),
+        128: (C(64, 64, 4, 2), C(64, 64, 4, 2)),
+        256: (C(64, 64, 4, 2, is_split=True), C(64, 64, 4, 2, is_split=True)),
+    },
+    "dq": {64: (C(64, 64, 4, 3), C(64, 64, 4, 3)), 128: (C(128, 64, 8, 3), C(128, 64, 8, 3))},
+}
+# Below so many rows the host's time for a launch decides, and descriptors cost some of it.
+_FEWEST_ROWS = 512
 # Families that share another's rows where a table has none of their own.
 _LIKE = {"cuda70": "cuda86", "cuda86": "cuda80", "cuda89": "cuda86", "cuda100": "cuda90", "cuda120": "cuda86"}
 _LIKE |= {"rdna": "cdna", "other": "cdna"}
@@ -111,9 +128,34 @@ def dq_bytes(p: AttentionProblem, c: C) -> int:
     return _stream_bytes(p, c.block_m, c.block_n, c)
 
 
-def _ladder(table, p: AttentionProblem, device: Device, size) -> list[C]:
+def takes_descriptors(p: AttentionProblem) -> bool:
+    """Whether the kernels can read the call's tiles through descriptors: dense sequences of 16-bit numbers, and no rule
+    that would make new values of what was read or needs more registers than the tiles leave.
+    """
+    is_dense = not (p.is_varlen_q or p.is_varlen_k or p.page_size or p.has_seqused_k or p.has_leftpad_k)
+    is_plain = not (p.has_softcap or p.has_alibi or p.has_dropout or p.has_block_mask)
+    return is_dense and is_plain and p.dtype.itemsize == 2 and p.cache_dtype is None
+
+
+def _by_descriptor(kernel: str, p: AttentionProblem, device: Device) -> list[C]:
+    rows = _BY_DESCRIPTOR[kernel].get(padded(p.head_dim), ())
+    is_measured = (
+        device.family == "cuda90" and p.head_dim == p.head_dim_v and min(p.seqlen_q, p.seqlen_k) >= _FEWEST_ROWS
+    )
+    if not rows or not is_measured or not takes_descriptors(p):
+        return []
+    return [rows[p.left >= 0 or p.right >= 0]._replace(by_descriptor=True)]
+
+
+def dv_alone(c: C) -> C:
+    """The tiles of a split pass for dv: with neither v nor dk to hold, twice as wide where that was measured."""
+    return c._replace(block_n=2 * c.block_n, num_warps=2 * c.num_warps) if c.by_descriptor else c
+
+
+def _ladder(kernel: str, p: AttentionProblem, device: Device) -> list[C]:
     if device.family == "interpreter":
         return list(_INTERPRETER)
+    table, size = _TABLES[kernel]
     head_dim = max(p.head_dim, p.head_dim_v)
     rows = _rows(table, device.family, head_dim)
     if p.has_dropout and len(rows) > 1:
@@ -121,7 +163,7 @@ def _ladder(table, p: AttentionProblem, device: Device, size) -> list[C]:
     first = _FLOAT32 if p.dtype.itemsize == 4 else (*rows, *_SMALLER)
     if head_dim > 128 and table is _DKDV:
         first = tuple(c._replace(is_split=True) for c in first)
-    return [c for c in first if size(p, c) <= device.shared_memory]
+    return [c for c in (*_by_descriptor(kernel, p, device), *first) if size(p, c) <= device.shared_memory]
 
 
 _TABLES = {"forward": (_FORWARD, forward_bytes), "dkdv": (_DKDV, dkdv_bytes), "dq": (_DQ, dq_bytes)}
@@ -129,10 +171,11 @@ _TABLES = {"forward": (_FORWARD, forward_bytes), "dkdv": (_DKDV, dkdv_bytes), "d
 
 @lru_cache(maxsize=8192)
 def _known(kernel: str, p: AttentionProblem, device: Device, path: str | None) -> list[C]:
-    rows, size = _TABLES[kernel]
-    configs = _ladder(rows, p, device, size)
+    configs = _ladder(kernel, p, device)
     tuned = measured.lookup(path, kernel, p, device.family) if path else None
-    return configs if tuned is None or size(p, tuned) > device.shared_memory else [tuned, *configs]
+    if tuned is None or _TABLES[kernel][1](p, tuned) > device.shared_memory:
+        return configs
+    return configs if tuned.by_descriptor and not takes_descriptors(p) else [tuned, *configs]
 
 
 def _configs(kernel: str, p: AttentionProblem, device: Device) -> list[C]:

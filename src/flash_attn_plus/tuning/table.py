@@ -68,7 +68,8 @@ def _number(source: str, where: str, row: dict, name: str, kinds: tuple[type, ..
 
 
 def _config(source: str, where: str, row: Any) -> TileConfig:
-    if not isinstance(row, dict) or row.keys() != set(TileConfig._fields):
+    # Tables that were written before kernels read through descriptors say nothing about them.
+    if not isinstance(row, dict) or row.keys() | {"by_descriptor"} != set(TileConfig._fields):
         raise _refuse(source, f"has {where} whose config does not hold exactly {', '.join(TileConfig._fields)}")
     for name, (least, most) in _LIMITS.items():
         value = _number(source, where, row, name, (int,))
@@ -77,6 +78,7 @@ def _config(source: str, where: str, row: Any) -> TileConfig:
     if not 1 <= _number(source, where, row, "num_stages", (int,)) <= _MOST_STAGES:
         raise _refuse(source, f"has {where} whose num_stages is {row['num_stages']}, not from 1 to {_MOST_STAGES}")
     _number(source, where, row, "is_split", (bool,))
+    _number(source, where, {"by_descriptor": False} | row, "by_descriptor", (bool,))
     return TileConfig(**row)
 
 

@@ -72,19 +72,23 @@ def attention_statistics_kernel(
 
 @triton.jit
 def _dkdv_tile(
-    dk, dv, k, v, q_base, dout_base, statistics_base, stride_qs, stride_gs, row0, col0, band, walk, rule, drop,
-    BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, F: tl.constexpr,
-    WANTS_DK: tl.constexpr, WANTS_DV: tl.constexpr, IS_MASKED: tl.constexpr,
+    dk, dv, k, v, q_base, dout_base, statistics_base, stride_qs, stride_gs, row0, col0, batch, head, band, walk,
+    rule, drop, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, F: tl.constexpr,
+    WANTS_DK: tl.constexpr, WANTS_DV: tl.constexpr, is_masked,
 ):  # fmt: skip
     """Add what the queries [row0, row0 + BLOCK_M) contribute to one tile of keys; scores are transposed, [N, M]."""
     local = tl.arange(0, BLOCK_M)[:, None]
     rows, cols = row0 + tl.arange(0, BLOCK_M), col0 + tl.arange(0, dk.shape[0])
     dims, dims_v = tl.arange(0, dk.shape[1])[None, :], tl.arange(0, dv.shape[1])[None, :]
-    q_ptrs = sequence.tile(q_base, row0, local, stride_qs, dims)
-    dout_ptrs = sequence.tile(dout_base, row0, local, stride_gs, dims_v)
-    q = sequence.load(q_ptrs, rows[:, None], band.len_q, dims, HEAD_DIM, dk.shape[1], IS_MASKED)  # [M, D]
+    if F.has_descriptors:
+        q = sequence.described(q_base, batch, head, row0, BLOCK_M, dk.shape[1])  # [M, D]
+        dout = sequence.described(dout_base, batch, head, row0, BLOCK_M, dv.shape[1])  # [M, DV]
+    else:
+        q_ptrs = sequence.tile(q_base, row0, local, stride_qs, dims)
+        dout_ptrs = sequence.tile(dout_base, row0, local, stride_gs, dims_v)
+        q = sequence.load(q_ptrs, rows[:, None], band.len_q, dims, HEAD_DIM, dk.shape[1], is_masked)
+        dout = sequence.load(dout_ptrs, rows[:, None], band.len_q, dims_v, HEAD_DIM_V, dv.shape[1], is_masked)
     q = score.signed(q, rule, F)
-    dout = sequence.load(dout_ptrs, rows[:, None], band.len_q, dims_v, HEAD_DIM_V, dv.shape[1], IS_MASKED)  # [M, DV]
     pairs = tl.load(statistics_base + row0 * 2 + tl.arange(0, 2 * BLOCK_M))
     lse, delta = tl.split(pairs.reshape([BLOCK_M, 2]))
     scores = tl.dot(k, tl.trans(q), input_precision=F.precision)  # [N, M]
@@ -92,7 +96,7 @@ def _dkdv_tile(
         dp = tl.dot(v, tl.trans(dout), input_precision=F.precision)  # [N, M]
     scores, steepness = score.modify(scores, rows[None, :], cols[:, None], band, rule, F)
     p = score.power(scores * score.multiplier(rule, F) - lse[None, :], F)
-    if IS_MASKED:
+    if is_masked:
         p = tl.where(block_lists.keep(rows[None, :], cols[:, None], band, walk, F), p, 0.0)
     if F.has_dropout:
         kept = tl.trans(dropout.keep_tile(drop, row0, col0, BLOCK_M, dk.shape[0]))
@@ -121,7 +125,10 @@ def attention_backward_dkdv_kernel(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr, WANTS_DK: tl.constexpr, WANTS_DV: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv (or one of them) of one tile of BLOCK_N keys, summed over the query heads of the group in order."""
+    """dk and dv (or one of them) of one tile of BLOCK_N keys, summed over the query heads of the group in order.
+
+    With F.has_descriptors q_ptr and dout_ptr are descriptors of (batch, query, head, dim) in tiles of BLOCK_M queries.
+    """
     tiles = tl.cdiv(len_k, BLOCK_N)
     tile = tl.program_id(0) % tiles
     batch_kv = tl.program_id(0) // tiles
@@ -149,26 +156,35 @@ def attention_backward_dkdv_kernel(
         rule = Rule(scale, sign, softcap, score.slope_of(slopes_ptr, batch, head, stride_slopes, F))
         drop = Drop(rng_ptr, batch * heads + head, keep_threshold, keep_factor)
         statistics_head = head if F.has_cu_q else batch * heads + head
-        q_base = sequence.base(q_ptr, batch, head, q_start, stride_qb, stride_qh, stride_qs)
-        dout_base = sequence.base(dout_ptr, batch, head, q_start, stride_gb, stride_gh, stride_gs)
+        if F.has_descriptors:
+            q_base, dout_base = q_ptr, dout_ptr
+        else:
+            q_base = sequence.base(q_ptr, batch, head, q_start, stride_qb, stride_qh, stride_qs)
+            dout_base = sequence.base(dout_ptr, batch, head, q_start, stride_gb, stride_gh, stride_gs)
         statistics_base = _statistics_base(statistics_ptr, batch, statistics_head, q_start, stride_statistics, F)
         walk = block_lists.walk_of(blocks, batch, head, tile, F)
         first, full_first, full_end, end = block_lists.spans(walk, band_tiles, F)
         full, partial = block_lists.first_tiles(walk, full_first, F)
-        for i in tl.range(full_first, full_end):
-            place, full = block_lists.full_tile(walk, i, full, F)
-            row0 = place * BLOCK_M
-            dk, dv = _dkdv_tile(
-                dk, dv, k, v, q_base, dout_base, statistics_base, stride_qs, stride_gs, row0, col0,
-                band, walk, rule, drop, BLOCK_M, HEAD_DIM, HEAD_DIM_V, F, WANTS_DK, WANTS_DV, False,
-            )  # fmt: skip
-        for i in tl.range(0, end - first - (full_end - full_first)):
-            place, partial = block_lists.masked_tile(walk, i, partial, first, full_first, full_end, F)
-            row0 = place * BLOCK_M
-            dk, dv = _dkdv_tile(
-                dk, dv, k, v, q_base, dout_base, statistics_base, stride_qs, stride_gs, row0, col0,
-                band, walk, rule, drop, BLOCK_M, HEAD_DIM, HEAD_DIM_V, F, WANTS_DK, WANTS_DV, True,
-            )  # fmt: skip
+        if F.has_descriptors:  # the copy engine fills up the last tile, so one loop without a gap serves all tiles
+            for i in tl.range(first, end):
+                dk, dv = _dkdv_tile(
+                    dk, dv, k, v, q_base, dout_base, statistics_base, stride_qs, stride_gs, i * BLOCK_M, col0, batch,
+                    head, band, walk, rule, drop, BLOCK_M, HEAD_DIM, HEAD_DIM_V, F, WANTS_DK, WANTS_DV,
+                    (i < full_first) | (i >= full_end),
+                )  # fmt: skip
+        else:
+            for i in tl.range(full_first, full_end):
+                place, full = block_lists.full_tile(walk, i, full, F)
+                dk, dv = _dkdv_tile(
+                    dk, dv, k, v, q_base, dout_base, statistics_base, stride_qs, stride_gs, place * BLOCK_M, col0,
+                    batch, head, band, walk, rule, drop, BLOCK_M, HEAD_DIM, HEAD_DIM_V, F, WANTS_DK, WANTS_DV, False,
+                )  # fmt: skip
+            for i in tl.range(0, end - first - (full_end - full_first)):
+                place, partial = block_lists.masked_tile(walk, i, partial, first, full_first, full_end, F)
+                dk, dv = _dkdv_tile(
+                    dk, dv, k, v, q_base, dout_base, statistics_base, stride_qs, stride_gs, place * BLOCK_M, col0,
+                    batch, head, band, walk, rule, drop, BLOCK_M, HEAD_DIM, HEAD_DIM_V, F, WANTS_DK, WANTS_DV, True,
+                )  # fmt: skip
 
     if WANTS_DK:
         dk_base = sequence.base(dk_ptr, batch, kv_head, k_start, stride_dkb, stride_dkh, stride_dks)
@@ -184,22 +200,26 @@ def attention_backward_dkdv_kernel(
 
 @triton.jit
 def _dq_tile(
-    dq, q, dout, lse, delta, k_base, v_base, stride_ks, stride_vs, row0, col0, band, walk, rule, drop,
-    BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, F: tl.constexpr, IS_MASKED: tl.constexpr,
+    dq, q, dout, lse, delta, k_base, v_base, stride_ks, stride_vs, row0, col0, batch, kv_head, band, walk, rule, drop,
+    BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, F: tl.constexpr, is_masked,
 ):  # fmt: skip
     """Add what the keys [col0, col0 + BLOCK_N) contribute to one tile of queries."""
     local, cols = tl.arange(0, BLOCK_N)[None, :], col0 + tl.arange(0, BLOCK_N)
     rows = row0 + tl.arange(0, q.shape[0])
     dims, dims_v = tl.arange(0, q.shape[1])[:, None], tl.arange(0, dout.shape[1])[:, None]
-    k_ptrs = sequence.tile(k_base, col0, local, stride_ks, dims)
-    v_ptrs = sequence.tile(v_base, col0, local, stride_vs, dims_v)
-    k = sequence.load(k_ptrs, cols[None, :], band.len_k, dims, HEAD_DIM, q.shape[1], IS_MASKED)  # [D, N]
-    v = sequence.load(v_ptrs, cols[None, :], band.len_k, dims_v, HEAD_DIM_V, dout.shape[1], IS_MASKED)  # [DV, N]
+    if F.has_descriptors:
+        k = tl.trans(sequence.described(k_base, batch, kv_head, col0, BLOCK_N, q.shape[1]))  # [D, N]
+        v = tl.trans(sequence.described(v_base, batch, kv_head, col0, BLOCK_N, dout.shape[1]))  # [DV, N]
+    else:
+        k_ptrs = sequence.tile(k_base, col0, local, stride_ks, dims)
+        v_ptrs = sequence.tile(v_base, col0, local, stride_vs, dims_v)
+        k = sequence.load(k_ptrs, cols[None, :], band.len_k, dims, HEAD_DIM, q.shape[1], is_masked)
+        v = sequence.load(v_ptrs, cols[None, :], band.len_k, dims_v, HEAD_DIM_V, dout.shape[1], is_masked)
     scores = tl.dot(q, k, input_precision=F.precision)  # [M, N]
     dp = tl.dot(dout, v, input_precision=F.precision)  # [M, N]
     scores, steepness = score.modify(scores, rows[:, None], cols[None, :], band, rule, F)
     p = score.power(scores * score.multiplier(rule, F) - lse[:, None], F)
-    if IS_MASKED:
+    if is_masked:
         p = tl.where(block_lists.keep(rows[:, None], cols[None, :], band, walk, F), p, 0.0)
     if F.has_dropout:
         dp = tl.where(dropout.keep_tile(drop, row0, col0, dq.shape[0], BLOCK_N), dp * drop.factor, 0.0)
@@ -219,7 +239,10 @@ def attention_backward_dq_kernel(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    """dq of one tile of BLOCK_M queries of one head."""
+    """dq of one tile of BLOCK_M queries of one head.
+
+    With F.has_descriptors k_ptr and v_ptr are descriptors of (batch, key, head, dim) in tiles of BLOCK_N keys.
+    """
     tiles = tl.cdiv(len_q, BLOCK_M)
     tile = tl.program_id(0) % tiles
     batch_head = tl.program_id(0) // tiles
@@ -245,27 +268,36 @@ def attention_backward_dq_kernel(
     row_offset = batch.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh + q_start
     lse = tl.load(lse_ptr + row_offset + rows, mask=rows < len_q, other=float("inf")) * score.unit(F)
     delta = tl.load(delta_ptr + row_offset + rows, mask=rows < len_q, other=0.0)
-    k_base = sequence.base(k_ptr, batch, head // group, k_start, stride_kb, stride_kh, stride_ks)
-    v_base = sequence.base(v_ptr, batch, head // group, k_start, stride_vb, stride_vh, stride_vs)
+    kv_head = head // group
+    if F.has_descriptors:
+        k_base, v_base = k_ptr, v_ptr
+    else:
+        k_base = sequence.base(k_ptr, batch, kv_head, k_start, stride_kb, stride_kh, stride_ks)
+        v_base = sequence.base(v_ptr, batch, kv_head, k_start, stride_vb, stride_vh, stride_vs)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     walk = block_lists.walk_of(blocks, batch, head, tile, F)
     first, full_first, full_end, end = block_lists.spans(walk, mask.key_tiles(row0, band, F, BLOCK_M, BLOCK_N), F)
     full, partial = block_lists.first_tiles(walk, full_first, F)
-    for i in tl.range(full_first, full_end):
-        place, full = block_lists.full_tile(walk, i, full, F)
-        col0 = place * BLOCK_N
-        dq = _dq_tile(
-            dq, q, dout, lse, delta, k_base, v_base, stride_ks, stride_vs, row0, col0,
-            band, walk, rule, drop, BLOCK_N, HEAD_DIM, HEAD_DIM_V, F, False,
-        )  # fmt: skip
-    for i in tl.range(0, end - first - (full_end - full_first)):
-        place, partial = block_lists.masked_tile(walk, i, partial, first, full_first, full_end, F)
-        col0 = place * BLOCK_N
-        dq = _dq_tile(
-            dq, q, dout, lse, delta, k_base, v_base, stride_ks, stride_vs, row0, col0,
-            band, walk, rule, drop, BLOCK_N, HEAD_DIM, HEAD_DIM_V, F, True,
-        )  # fmt: skip
+    if F.has_descriptors and (F.has_left or F.has_right):  # without a band two loops were faster
+        for i in tl.range(first, end):
+            dq = _dq_tile(
+                dq, q, dout, lse, delta, k_base, v_base, stride_ks, stride_vs, row0, i * BLOCK_N, batch, kv_head,
+                band, walk, rule, drop, BLOCK_N, HEAD_DIM, HEAD_DIM_V, F, (i < full_first) | (i >= full_end),
+            )  # fmt: skip
+    else:
+        for i in tl.range(full_first, full_end):
+            place, full = block_lists.full_tile(walk, i, full, F)
+            dq = _dq_tile(
+                dq, q, dout, lse, delta, k_base, v_base, stride_ks, stride_vs, row0, place * BLOCK_N, batch, kv_head,
+                band, walk, rule, drop, BLOCK_N, HEAD_DIM, HEAD_DIM_V, F, False,
+            )  # fmt: skip
+        for i in tl.range(0, end - first - (full_end - full_first)):
+            place, partial = block_lists.masked_tile(walk, i, partial, first, full_first, full_end, F)
+            dq = _dq_tile(
+                dq, q, dout, lse, delta, k_base, v_base, stride_ks, stride_vs, row0, place * BLOCK_N, batch, kv_head,
+                band, walk, rule, drop, BLOCK_N, HEAD_DIM, HEAD_DIM_V, F, True,
+            )  # fmt: skip
     factor = scale
     if F.has_signed_scale:
         factor = scale * sign

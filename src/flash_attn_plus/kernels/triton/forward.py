@@ -10,13 +10,15 @@ from flash_attn_plus.kernels.triton.call import Band, Drop, Rule
 @triton.jit
 def _fold_tile(
     acc, row_max, row_sum, q, k_base, v_base, row0, col0, table_ptr, page_size,
-    stride_kb, stride_ks, stride_vb, stride_vs, band, walk, rule, drop, BLOCK_N: tl.constexpr,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, F: tl.constexpr, IS_MASKED: tl.constexpr,
+    stride_kb, stride_ks, stride_vb, stride_vs, batch, kv_head, band, walk, rule, drop, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, F: tl.constexpr, is_masked,
 ):  # fmt: skip
-    """Fold the keys [col0, col0 + BLOCK_N) into the accumulator."""
+    """Fold the keys [col0, col0 + BLOCK_N) into the accumulator; `is_masked` is a constant, but with descriptors."""
     rows, cols = row0 + tl.arange(0, q.shape[0]), tl.arange(0, BLOCK_N)
     dims, dims_v = tl.arange(0, q.shape[1])[:, None], tl.arange(0, acc.shape[1])[None, :]
-    if F.is_paged:
+    if F.has_descriptors:
+        k = tl.trans(sequence.described(k_base, batch, kv_head, col0, BLOCK_N, q.shape[1]))  # [D, N]
+    elif F.is_paged:
         k_ptrs = sequence.paged_tile(
             k_base, (col0 + cols)[None, :], table_ptr, page_size, stride_kb, stride_ks, band.len_k, dims
         )
@@ -27,16 +29,24 @@ def _fold_tile(
         k_ptrs = sequence.tile(k_base, col0, cols[None, :], stride_ks, dims)
         v_ptrs = sequence.tile(v_base, col0, cols[:, None], stride_vs, dims_v)
     cols += col0
-    k = sequence.load(k_ptrs, cols[None, :], band.len_k, dims, HEAD_DIM, q.shape[1], IS_MASKED)  # [D, N]
+    if not F.has_descriptors:
+        k = sequence.load(k_ptrs, cols[None, :], band.len_k, dims, HEAD_DIM, q.shape[1], is_masked)  # [D, N]
     scores = tl.dot(q, k, input_precision=F.precision)  # [M, N]
     scores, _ = score.modify(scores, rows[:, None], cols[None, :], band, rule, F)
-    if IS_MASKED:
+    if is_masked:
         scores = tl.where(block_lists.keep(rows[:, None], cols[None, :], band, walk, F), scores, float("-inf"))
-    weights, decay, row_max, row_sum = softmax.step(scores, score.multiplier(rule, F), row_max, row_sum, F)
+    multiplier = score.multiplier(rule, F)
+    if F.has_descriptors:
+        weights, decay, row_max, row_sum = softmax.step_in_parts(scores, multiplier, row_max, row_sum, F)
+    else:
+        weights, decay, row_max, row_sum = softmax.step(scores, multiplier, row_max, row_sum, F)
     if F.has_dropout:
         kept = dropout.keep_tile(drop, row0, col0, acc.shape[0], BLOCK_N)
         weights = tl.where(kept, weights, 0.0)
-    v = sequence.load(v_ptrs, cols[:, None], band.len_k, dims_v, HEAD_DIM_V, acc.shape[1], IS_MASKED)  # [N, DV]
+    if F.has_descriptors:
+        v = sequence.described(v_base, batch, kv_head, col0, BLOCK_N, acc.shape[1])  # [N, DV]
+    else:
+        v = sequence.load(v_ptrs, cols[:, None], band.len_k, dims_v, HEAD_DIM_V, acc.shape[1], is_masked)  # [N, DV]
     acc = score.add_product(weights.to(v.dtype), v, acc * decay[:, None], F)
     return acc, row_max, row_sum
 
@@ -52,7 +62,10 @@ def attention_forward_kernel(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    """out[rows] = softmax(q k^T) v and its LSE for one tile of BLOCK_M queries of one head of one sequence."""
+    """out[rows] = softmax(q k^T) v and its LSE for one tile of BLOCK_M queries of one head of one sequence.
+
+    With F.has_descriptors k_ptr and v_ptr are descriptors of (batch, key, head, dim) in tiles of BLOCK_N keys.
+    """
     tiles = tl.cdiv(len_q, BLOCK_M)
     tile = tl.program_id(0) % tiles
     batch_head = tl.program_id(0) // tiles
@@ -74,34 +87,48 @@ def attention_forward_kernel(
     q_ptrs = sequence.tile(q_base, row0, tl.arange(0, BLOCK_M)[:, None], stride_qs, dims)
     q = sequence.load(q_ptrs, rows[:, None], len_q, dims, HEAD_DIM, BLOCK_D, True)  # [M, D]
     q = score.signed(q, rule, F)
-    if F.is_paged:
+    kv_head = head // group
+    if F.has_descriptors:
+        k_base, v_base = k_ptr, v_ptr
+    elif F.is_paged:
         table_ptr += batch.to(tl.int64) * stride_table
-        k_base = k_ptr + (head // group).to(tl.int64) * stride_kh
-        v_base = v_ptr + (head // group).to(tl.int64) * stride_vh
+        k_base = k_ptr + kv_head.to(tl.int64) * stride_kh
+        v_base = v_ptr + kv_head.to(tl.int64) * stride_vh
     else:
-        k_base = sequence.base(k_ptr, batch, head // group, k_start, stride_kb, stride_kh, stride_ks)
-        v_base = sequence.base(v_ptr, batch, head // group, k_start, stride_vb, stride_vh, stride_vs)
+        k_base = sequence.base(k_ptr, batch, kv_head, k_start, stride_kb, stride_kh, stride_ks)
+        v_base = sequence.base(v_ptr, batch, kv_head, k_start, stride_vb, stride_vh, stride_vs)
 
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
+    if F.has_descriptors:
+        row_sum = tl.zeros([BLOCK_M, softmax.PARTS], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     walk = block_lists.walk_of(blocks, batch, head, tile, F)
     first, full_first, full_end, end = block_lists.spans(walk, mask.key_tiles(row0, band, F, BLOCK_M, BLOCK_N), F)
     full, partial = block_lists.first_tiles(walk, full_first, F)
-    for i in tl.range(full_first, full_end):
-        place, full = block_lists.full_tile(walk, i, full, F)
-        col0 = place * BLOCK_N
-        acc, row_max, row_sum = _fold_tile(
-            acc, row_max, row_sum, q, k_base, v_base, row0, col0, table_ptr, page_size,
-            stride_kb, stride_ks, stride_vb, stride_vs, band, walk, rule, drop, BLOCK_N, HEAD_DIM, HEAD_DIM_V, F, False,
-        )  # fmt: skip
-    for i in tl.range(0, end - first - (full_end - full_first)):
-        place, partial = block_lists.masked_tile(walk, i, partial, first, full_first, full_end, F)
-        col0 = place * BLOCK_N
-        acc, row_max, row_sum = _fold_tile(
-            acc, row_max, row_sum, q, k_base, v_base, row0, col0, table_ptr, page_size,
-            stride_kb, stride_ks, stride_vb, stride_vs, band, walk, rule, drop, BLOCK_N, HEAD_DIM, HEAD_DIM_V, F, True,
-        )  # fmt: skip
+    if F.has_descriptors:  # the copy engine fills up the last tile, so one loop without a gap serves all tiles
+        for i in tl.range(first, end):
+            acc, row_max, row_sum = _fold_tile(
+                acc, row_max, row_sum, q, k_base, v_base, row0, i * BLOCK_N, table_ptr, page_size, stride_kb,
+                stride_ks, stride_vb, stride_vs, batch, kv_head, band, walk, rule, drop, BLOCK_N, HEAD_DIM,
+                HEAD_DIM_V, F, (i < full_first) | (i >= full_end),
+            )  # fmt: skip
+        row_sum = tl.sum(row_sum, 1)
+    else:
+        for i in tl.range(full_first, full_end):
+            place, full = block_lists.full_tile(walk, i, full, F)
+            acc, row_max, row_sum = _fold_tile(
+                acc, row_max, row_sum, q, k_base, v_base, row0, place * BLOCK_N, table_ptr, page_size, stride_kb,
+                stride_ks, stride_vb, stride_vs, batch, kv_head, band, walk, rule, drop, BLOCK_N, HEAD_DIM,
+                HEAD_DIM_V, F, False,
+            )  # fmt: skip
+        for i in tl.range(0, end - first - (full_end - full_first)):
+            place, partial = block_lists.masked_tile(walk, i, partial, first, full_first, full_end, F)
+            acc, row_max, row_sum = _fold_tile(
+                acc, row_max, row_sum, q, k_base, v_base, row0, place * BLOCK_N, table_ptr, page_size, stride_kb,
+                stride_ks, stride_vb, stride_vs, batch, kv_head, band, walk, rule, drop, BLOCK_N, HEAD_DIM,
+                HEAD_DIM_V, F, True,
+            )  # fmt: skip
 
     factor, lse = softmax.finish(row_max, row_sum, F)
     if F.has_dropout:

@@ -62,3 +62,9 @@ def load(ptrs, rows, len_rows, dims, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constex
     if BLOCK_D != HEAD_DIM:
         return tl.load(ptrs, mask=dims < HEAD_DIM, other=0.0)
     return tl.load(ptrs)
+
+
+@triton.jit
+def described(descriptor, batch, head, row0, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile [ROWS, BLOCK_D] of a descriptor of (batch, row, head, dim) in such boxes; zeros beyond the tensor."""
+    return descriptor.load([batch, row0, head, 0]).reshape([ROWS, BLOCK_D])

@@ -6,6 +6,7 @@ import triton.language as tl
 from flash_attn_plus.kernels.triton import score
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+PARTS: tl.constexpr = tl.constexpr(8)  # columns that a group of threads holds in NVIDIA's matrix layouts
 
 
 @triton.jit
@@ -16,6 +17,17 @@ def step(scores, multiplier, row_max, row_sum, F: tl.constexpr):
     weights = score.power(scores * multiplier - pivot[:, None], F)
     decay = score.power(row_max - pivot, F)
     return weights, decay, new_max, row_sum * decay + tl.sum(weights, 1)
+
+
+@triton.jit
+def step_in_parts(scores, multiplier, row_max, row_sums, F: tl.constexpr):
+    """`step` with sums [M, PARTS], added up after the last tile: the sum of a tile takes no exchange among threads."""
+    apart: tl.constexpr = [scores.shape[0], scores.shape[1] // PARTS, PARTS]
+    new_max = tl.maximum(row_max, tl.max(tl.max(scores.reshape(apart), 1), 1) * multiplier)
+    pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = score.power(scores * multiplier - pivot[:, None], F)
+    decay = score.power(row_max - pivot, F)
+    return weights, decay, new_max, row_sums * decay[:, None] + tl.sum(weights.reshape(apart), 1)
 
 
 @triton.jit
