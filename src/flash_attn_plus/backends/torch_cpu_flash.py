@@ -7,8 +7,10 @@ block against the keys that the block sees, with the band and the bias added to 
 
 Beside padded or converted copies of the inputs, temporaries are a second `out` (merge), float32 accumulators of dk and
 dv (row blocks), and one bias of block rows * visible keys, times the heads with ALiBi: linear in the sequence length.
+Releases of PyTorch whose operator knows no shared heads get keys and values repeated for every query head.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -57,6 +59,27 @@ def _operand(x: Tensor, dim: int) -> Tensor:
     if x.shape[-1] < dim:
         x = F.pad(x, (0, dim - x.shape[-1]))
     return x.transpose(1, 2)
+
+
+@cache
+def _shares_heads() -> bool:
+    """Whether the operator lets query heads share a key head; older ones read on behind the last key head."""
+    q, heads = torch.ones(1, 2, 1, 8), torch.zeros(1, 2, 1, 8)
+    heads[:, 1] = 1.0  # what is read in place of the one head that is given
+    out, _ = _forward(q, heads[:, :1], heads[:, :1], 0.0, False)
+    return not out.any()
+
+
+def _for_each_head(x: Tensor, heads: int) -> Tensor:
+    """Keys or values (n, hk, s, d) as the operator wants them for that many query heads."""
+    return x if x.shape[1] == heads or _shares_heads() else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _summed(x: Tensor, heads_k: int) -> Tensor:
+    """The operator's gradient of keys or values, one for every key head; float32 sums of repeated ones."""
+    if x.shape[1] == heads_k:
+        return x
+    return x.unflatten(1, (heads_k, -1)).sum(2, dtype=accumulation_dtype(x.dtype))
 
 
 def _positive(scale: float) -> tuple[float, float]:
@@ -109,6 +132,7 @@ def forward(
     if first == band.len_q:
         return
     q_heads, k_heads, v_heads = _operand(q[:, first:], dim), _operand(k, dim), _operand(v, dim)
+    k_heads, v_heads = (_for_each_head(x, q_heads.shape[1]) for x in (k_heads, v_heads))
     sign, scale = _positive(scale)
     if sign < 0.0:
         q_heads = -q_heads
@@ -162,7 +186,7 @@ def backward(
     dout_heads, q_heads = (_operand(x[:, first:], dim) for x in (dout, q))
     if sign < 0.0:
         q_heads = -q_heads
-    tensors = dout_heads, q_heads, _operand(k, dim), _operand(v, dim)
+    tensors = dout_heads, q_heads, *(_for_each_head(_operand(x, dim), q_heads.shape[1]) for x in (k, v))
     out_heads, lse = _operand(out[:, first:], dim), lse[..., first:]
     grads = dq[:, first:].transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
     if slopes is not None or band.left >= 0:
@@ -191,8 +215,8 @@ def _backward_pieces(
             dout, q, k[:, :, seen], v[:, :, seen], out, lse, 0.0, is_triangle, scale=scale
         )
         sum_dq = dq_part if sum_dq is None else sum_dq.add_(dq_part)
-        _write(dk[:, :, seen], dk_part)
-        _write(dv[:, :, seen], dv_part)
+        _write(dk[:, :, seen], _summed(dk_part, dk.shape[1]))
+        _write(dv[:, :, seen], _summed(dv_part, dv.shape[1]))
     _write(dq, sum_dq)
 
 
@@ -214,5 +238,5 @@ def _backward_blocks(
         _write(dq[:, :, here], dq_block)
         sum_dk[:, :, seen] += dk_block
         sum_dv[:, :, seen] += dv_block
-    _write(dk, sum_dk)
-    _write(dv, sum_dv)
+    _write(dk, _summed(sum_dk, dk.shape[1]))
+    _write(dv, _summed(sum_dv, dv.shape[1]))
