@@ -167,10 +167,12 @@ def attention_backward_dkdv_kernel(
         full, partial = block_lists.first_tiles(walk, full_first, F)
         if F.has_descriptors:  # the copy engine fills up the last tile, so one loop without a gap serves all tiles
             for i in tl.range(first, end):
+                is_masked = False  # rows behind the end have no weight, and what keys behind the end get is not stored
+                if F.has_left or F.has_right:
+                    is_masked = (i < full_first) | (i >= full_end)
                 dk, dv = _dkdv_tile(
                     dk, dv, k, v, q_base, dout_base, statistics_base, stride_qs, stride_gs, i * BLOCK_M, col0, batch,
-                    head, band, walk, rule, drop, BLOCK_M, HEAD_DIM, HEAD_DIM_V, F, WANTS_DK, WANTS_DV,
-                    (i < full_first) | (i >= full_end),
+                    head, band, walk, rule, drop, BLOCK_M, HEAD_DIM, HEAD_DIM_V, F, WANTS_DK, WANTS_DV, is_masked,
                 )  # fmt: skip
         else:
             for i in tl.range(full_first, full_end):

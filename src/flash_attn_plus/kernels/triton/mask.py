@@ -10,11 +10,12 @@ import triton.language as tl
 @triton.jit
 def keep(rows, cols, band, F: tl.constexpr):
     """bool of rows' and cols' broadcast shape: the key is visible to the query."""
-    inside = (cols < band.len_k) & (rows < band.len_q)
-    if F.has_left:
-        inside &= cols - rows - (band.len_k - band.len_q) >= -band.left
+    end = tl.where(rows < band.len_q, band.len_k, 0)  # bounds for each row, so that a score costs a comparison or two
     if F.has_right:
-        inside &= cols - rows - (band.len_k - band.len_q) <= band.right
+        end = tl.minimum(end, rows + (band.len_k - band.len_q + band.right + 1))
+    inside = cols < end
+    if F.has_left:
+        inside &= cols >= rows + (band.len_k - band.len_q - band.left)
     return inside
 
 
