@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from functools import partial
 from unittest import mock
 
+import gluon_harness
 import harness
 import pytest
 import torch
@@ -13,11 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from flash_attn_plus.backends.triton_portable import is_interpreted
 from flash_attn_plus.fused import activation as activations
 from flash_attn_plus.fused import cross_entropy as cross_entropies
-from flash_attn_plus.fused import norm_launch, rotary
+from flash_attn_plus.fused import norm_gluon, norm_launch, rotary
 
 if is_interpreted():
     pytest.skip("kernels are interpreted in this process; run tests/compile in one of its own", allow_module_level=True)
 
+from flash_attn_plus.kernels.gluon import norm as gluon_norm
 from flash_attn_plus.kernels.triton import activation, cross_entropy, norm, norm_long
 from flash_attn_plus.kernels.triton import rotary as rotary_kernels
 
@@ -158,6 +160,26 @@ def test_memory_is_read_and_written_sixteen_bytes_at_a_time(name):
         assert re.search(r"LDG\.E(\.E[LF])?\.128", assembly)  # with or without advice to the cache
         if "fwd" not in launch.kernel.__name__:  # a loss is one number a row
             assert "STG.E.128" in assembly
+
+
+@pytest.mark.parametrize("cols", [8208, 16384])
+@pytest.mark.parametrize("is_rms_norm", [False, True])
+def test_long_rows_go_through_shared_memory_on_hopper(cols, is_rms_norm):
+    """Sixteen bytes at a time, and nothing is spilled, though all of a gradient's sums are in registers."""
+    with (
+        mock.patch.object(norm_gluon, "_has_gluon", return_value=True),
+        harness.recorded(gluon_norm, ("norm_long_backward_kernel",), "cuda:90") as found,
+        harness.recorded(norm, ("norm_totals_kernel",), "cuda:90"),
+    ):
+        norm_backward(cols, is_rms_norm)
+    (launch,) = found
+    report = harness.report(gluon_harness.compile_gluon(launch))
+    assert report.shared <= harness.SHARED_MEMORY["cuda:90"]
+    assert report.spills == 0
+    copies = [line for line in report.assembly.splitlines() if "LDGSTS" in line]
+    assert copies
+    assert all("LDGSTS.E.BYPASS.128" in line for line in copies)
+    assert "STG.E.128" in report.assembly
 
 
 def test_cross_entropy_reads_without_waiting_for_other_threads():

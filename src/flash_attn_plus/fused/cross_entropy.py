@@ -6,7 +6,7 @@ from torch import Tensor
 
 from flash_attn_plus.fused import cross_entropy_torch, launch
 from flash_attn_plus.fused.collective import all_gather
-from flash_attn_plus.fused.path import on_device, uses_triton
+from flash_attn_plus.fused.path import is_direct, on_device, uses_triton
 
 _NUMBERS = (
     "float smoothing, float scale, float lse_square_scale, int ignore_index, SymInt class_start, SymInt total_classes"
@@ -38,22 +38,23 @@ def _forward_triton(
     logits, labels, precomputed_lse, smoothing, scale, lse_square_scale, ignore_index, class_start, total_classes,
     is_split, losses, lse, z_losses,
 ) -> None:  # fmt: skip
+    from flash_attn_plus.backends.triton_relaunch import launch as run
     from flash_attn_plus.kernels.triton.cross_entropy import cross_entropy_fwd_kernel
 
     rows, cols = logits.shape
     block, num_warps = launch.cross_entropy_block(cols)
     width = _vector_width(logits)
+    tensors = (losses, lse, z_losses, logits, labels, precomputed_lse)
+    numbers = (smoothing, scale, lse_square_scale, ignore_index, class_start, total_classes)
+    constants = (cols, logits.stride(0), is_split, smoothing > 0.0, block // width, width)
     with on_device(logits):
-        cross_entropy_fwd_kernel[(rows,)](
-            losses, lse, z_losses, logits, labels, precomputed_lse,
-            smoothing, scale, lse_square_scale, ignore_index, class_start, total_classes, cols, logits.stride(0),
-            is_split, smoothing > 0.0, block // width, width, num_warps=num_warps,
-        )  # fmt: skip
+        run(cross_entropy_fwd_kernel, (rows,), tensors, numbers, constants, num_warps, logits.device)
 
 
 def _backward_triton(
     dlosses, logits, lse, labels, smoothing, scale, lse_square_scale, ignore_index, class_start, total_classes, dlogits
 ) -> None:
+    from flash_attn_plus.backends.triton_relaunch import launch as run
     from flash_attn_plus.kernels.triton.cross_entropy import cross_entropy_bwd_kernel
 
     rows, cols = logits.shape
@@ -61,12 +62,11 @@ def _backward_triton(
     width = min(_vector_width(logits), _vector_width(dlogits))
     if (logits.stride(0) - dlogits.stride(0)) % width != 0:
         width = 1
+    tensors, grid = (dlogits, dlosses, logits, lse, labels), (rows * -(-cols // block),)
+    numbers = (smoothing, scale, lse_square_scale, ignore_index, class_start, total_classes, dlosses.stride(0))
+    constants = (cols, logits.stride(0), dlogits.stride(0), block // width, width)
     with on_device(logits):
-        cross_entropy_bwd_kernel[(rows * -(-cols // block),)](
-            dlogits, dlosses, logits, lse, labels,
-            smoothing, scale, lse_square_scale, ignore_index, class_start, total_classes, cols,
-            logits.stride(0), dlogits.stride(0), dlosses.stride(0), block // width, width, num_warps=num_warps,
-        )  # fmt: skip
+        run(cross_entropy_bwd_kernel, grid, tensors, numbers, constants, num_warps, logits.device)
 
 
 def _forward(logits, labels, precomputed_lse, *numbers):
@@ -137,9 +137,8 @@ class CrossEntropyFunction(torch.autograd.Function):
             float(smoothing), float(logit_scale), float(lse_square_scale), ignore_index, class_start,
             world_size * logits.shape[1],
         )  # fmt: skip
-        losses, lse, z_losses = torch.ops.flash_attn_plus.cross_entropy_forward(
-            logits, labels, precomputed_lse, *numbers, world_size > 1
-        )
+        run = _forward if is_direct(logits, labels) else torch.ops.flash_attn_plus.cross_entropy_forward
+        losses, lse, z_losses = run(logits, labels, precomputed_lse, *numbers, world_size > 1)
         if world_size > 1:
             losses, lse, z_losses = _merge_split(losses, lse, labels, numbers, process_group)
         ctx.save_for_backward(logits, lse, labels)
@@ -150,11 +149,13 @@ class CrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dlosses, _dz_losses):
         logits, lse, labels = ctx.saved_tensors
+        arguments = (dlosses, logits, lse, labels, *ctx.numbers)
         if ctx.inplace_backward:
-            torch.ops.flash_attn_plus.cross_entropy_backward_(dlosses, logits, lse, labels, *ctx.numbers)
+            torch.ops.flash_attn_plus.cross_entropy_backward_(*arguments)  # it tells autograd of the change
             dlogits = logits
         else:
-            dlogits = torch.ops.flash_attn_plus.cross_entropy_backward(dlosses, logits, lse, labels, *ctx.numbers)
+            run = _backward if is_direct(*arguments[:4]) else torch.ops.flash_attn_plus.cross_entropy_backward
+            dlogits = run(*arguments)
         return dlogits, *[None] * 8
 
 

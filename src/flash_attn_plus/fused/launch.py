@@ -1,5 +1,6 @@
 """Block sizes and warps of the fused kernels: pure functions of sizes, with the reason beside each number."""
 
+from functools import cache
 from typing import NamedTuple
 
 from flash_attn_plus.device import Device
@@ -13,6 +14,7 @@ class RowConfig(NamedTuple):
     block_cols: int
     num_warps: int
     num_stages: int = 1
+    unroll: int = 1  # steps of a row that is not held
 
 
 def _warps(elements: int, per_thread: int, facts: Device) -> int:
@@ -24,6 +26,7 @@ def _warps(elements: int, per_thread: int, facts: Device) -> int:
 REREAD_FROM = 4096  # columns from which the forward kernel reads a row again instead of holding it
 
 
+@cache
 def norm_forward(cols: int, has_dropout: bool, facts: Device) -> RowConfig:
     """Whole rows in registers; short rows are taken several at a time so that a program moves about 4 KB.
 
@@ -31,15 +34,18 @@ def norm_forward(cols: int, has_dropout: bool, facts: Device) -> RowConfig:
     again each time, nor on AMD, whose nearest caches are small.
     """
     block_cols = max(16, power_of_two(cols))
-    # 16 elements a thread are two 16-byte loads of a 16-bit type in flight: enough with several programs a processor.
     if block_cols >= REREAD_FROM and not has_dropout and facts.family not in ("cdna", "rdna"):
-        return RowConfig(1, block_cols // 2, block_cols // 1024)
+        if block_cols <= 8192:
+            return RowConfig(1, block_cols // 2, block_cols // 1024, unroll=2)
+        return RowConfig(1, 4096, 16)  # 40 registers a thread: three programs a processor, not two
     block_rows = max(1, 2048 // block_cols)
+    # 16 elements a thread are two 16-byte loads of a 16-bit type in flight: enough with several programs a processor.
     # Long rows take 32: more threads would wait for each other in every reduction.
     warps = _warps(block_rows * block_cols, 16 if block_cols <= 4096 else 32, facts)
     return RowConfig(block_rows, block_cols, min(16, warps))
 
 
+@cache
 def norm_backward(
     cols: int, element_size: int, row_tensors: int, weights: int, biases: int, facts: Device
 ) -> RowConfig:  # fmt: skip
@@ -65,6 +71,7 @@ REREAD_ABOVE = 8192  # columns above which the backward kernel reads the weight 
 SUMS_IN_REGISTERS = 16384  # float32 sums of weight gradients a program can hold beside the rows without spilling
 
 
+@cache
 def norm_backward_fused_sums(block_cols: int, element_size: int, wanted: tuple[bool, ...]) -> tuple[bool, ...]:
     """Which of the wanted sums (dweight, dbias, dweight1, dbias1) the row kernel keeps; the rest take a second pass.
 
@@ -103,21 +110,34 @@ def norm_backward_programs(rows: int, config: RowConfig, facts: Device) -> int:
     return max(1, min(facts.processors * a_processor, tiles))
 
 
+@cache
 def cross_entropy_block(cols: int) -> tuple[int, int]:
     """(columns a step, warps): 16 elements a thread; 32 in half as many programs were slower on an H200."""
     block = min(4096, max(128, power_of_two(cols)))
     return block, max(1, block // 512)
 
 
-def rotary_block(heads: int, half: int) -> tuple[int, int, int]:
-    """(tokens, heads, warps): about 1024 pairs a program, 8 a thread, one 16-byte load of each half."""
+class RotaryBlock(NamedTuple):
+    """What one program of the rotary kernel turns; `half` and `rest` are padded numbers of features."""
+
+    tokens: int
+    heads: int
+    half: int
+    rest: int
+    num_warps: int
+
+
+@cache
+def rotary_block(heads: int, half: int, rest: int) -> RotaryBlock:
+    """About 1024 pairs a program, 8 a thread, one 16-byte load of each half."""
     rows = max(1, 1024 // power_of_two(half))
     block_heads = min(rows, power_of_two(heads))
     while -(-heads // block_heads) * block_heads > 1.25 * heads:  # at most a fifth of the threads idle
         block_heads //= 2
-    return rows // block_heads, block_heads, 4
+    return RotaryBlock(rows // block_heads, block_heads, power_of_two(half), power_of_two(rest), 4)
 
 
+@cache
 def elementwise_block(cols: int) -> tuple[int, int]:
     """(columns, warps) of elementwise kernels over rows: 16 elements a thread."""
     block = min(2048, max(128, power_of_two(cols)))

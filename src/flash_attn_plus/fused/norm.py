@@ -5,7 +5,7 @@ from torch import Tensor
 
 from flash_attn_plus.errors import InvalidArgument
 from flash_attn_plus.fused import norm_launch, norm_torch
-from flash_attn_plus.fused.path import uses_triton
+from flash_attn_plus.fused.path import is_direct, uses_triton
 
 MAX_ROW_BYTES = 65536  # a row lives in the registers of one program
 
@@ -23,9 +23,9 @@ BACKWARD_SCHEMA = (
 )
 
 
-def _adjacent(x: object) -> object:
-    """A tensor with adjacent elements along its last dimension; anything else as it is."""
-    return x.contiguous() if isinstance(x, Tensor) and x.stride(-1) != 1 else x
+def _adjacent(tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """The tensors with adjacent elements along their last dimension."""
+    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def forward_into(*arguments) -> None:
@@ -33,7 +33,7 @@ def forward_into(*arguments) -> None:
     x = arguments[0]
     if x.numel() > 0:
         run = (norm_launch if uses_triton(x) else norm_torch).norm_forward
-        run(*map(_adjacent, arguments[:-7]), *arguments[-7:])
+        run(*_adjacent(arguments[:9]), *arguments[9:])
 
 
 def backward_into(*arguments) -> None:
@@ -41,7 +41,7 @@ def backward_into(*arguments) -> None:
     t = arguments[1]
     if t.numel() > 0:
         run = (norm_launch if uses_triton(t) else norm_torch).norm_backward
-        run(*map(_adjacent, arguments[:-8]), *arguments[-8:])
+        run(*_adjacent(arguments[:11]), *arguments[11:])
         return
     for gradient in arguments[-4:]:
         if gradient is not None:
@@ -59,7 +59,7 @@ torch.library.register_fake("flash_attn_plus::norm_backward", lambda *_: None, l
 
 def rows_of(x: Tensor | None, cols: int) -> Tensor | None:
     """x as (rows, cols), a view where its strides allow."""
-    return None if x is None else x.reshape(-1, cols)
+    return x if x is None or x.dim() == 2 else x.reshape(-1, cols)
 
 
 def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -127,9 +127,10 @@ def norm_forward(
     has_mask = return_dropout_mask and dropout_p > 0.0
     mask = torch.empty(x.shape, dtype=torch.bool, device=device) if has_mask else None
     mask1 = torch.empty(x.shape, dtype=torch.bool, device=device) if has_mask and x1 is not None else None
-    torch.ops.flash_attn_plus.norm_forward(
-        x, weight, bias, residual, x1, weight1, bias1, rowscale, seeds, eps, dropout_p, zero_centered_weight,
-        is_rms_norm, y, y1, t, mean, rstd, mask, mask1,
+    inputs = (x, weight, bias, residual, x1, weight1, bias1, rowscale, seeds)
+    run = forward_into if is_direct(*inputs) else torch.ops.flash_attn_plus.norm_forward
+    run(
+        *inputs, float(eps), dropout_p, zero_centered_weight, is_rms_norm, y, y1, t, mean, rstd, mask, mask1
     )  # fmt: skip
     return y, y1, mean, rstd, x if t is None else t, seeds, mask, mask1
 
@@ -169,9 +170,10 @@ def norm_backward(
     dweight, dbias, dweight1, dbias1 = (
         None if p is None else torch.empty_like(p) for p in (weight, bias, weight1, bias1)
     )
-    torch.ops.flash_attn_plus.norm_backward(
-        dy, t, weight, bias, dy1, weight1, dt, rowscale, seeds, mean, rstd, dropout_p, zero_centered_weight,
-        is_rms_norm, dx, dx1, dresidual, y, dweight, dbias, dweight1, dbias1,
+    inputs = (dy, t, weight, bias, dy1, weight1, dt, rowscale, seeds, mean, rstd)
+    run = backward_into if is_direct(*inputs) else torch.ops.flash_attn_plus.norm_backward
+    run(
+        *inputs, dropout_p, zero_centered_weight, is_rms_norm, dx, dx1, dresidual, y, dweight, dbias, dweight1, dbias1
     )  # fmt: skip
     if has_residual and dresidual is None:
         dresidual = dx

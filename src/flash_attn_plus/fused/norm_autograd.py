@@ -19,7 +19,7 @@ def _packed(*parameters: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _shaped(x: Tensor | None, shape: torch.Size) -> Tensor | None:
-    return None if x is None else x.reshape(shape)
+    return x if x is None or len(shape) == 2 else x.reshape(shape)
 
 
 class NormFunction(torch.autograd.Function):
@@ -46,11 +46,11 @@ class NormFunction(torch.autograd.Function):
         ctx.shape, ctx.x_dtype, ctx.dropout_p = shape, x.dtype, dropout_p
         ctx.flags = (residual is not None, x1 is not None, zero_centered_weight, is_rms_norm)
         ctx.has_y1, ctx.prenorm = y1 is not None, prenorm
-        results = [y.reshape(shape)]
+        results = [_shaped(y, shape)]
         if y1 is not None:
-            results.append(y1.reshape(shape))
+            results.append(_shaped(y1, shape))
         if prenorm:
-            results.append(x if t is flat else t.reshape(shape))
+            results.append(x if t is flat else _shaped(t, shape))
         if return_dropout_mask:
             results += [_shaped(mask, shape), _shaped(mask1, shape)]
             ctx.mark_non_differentiable(*(m for m in results[-2:] if m is not None))

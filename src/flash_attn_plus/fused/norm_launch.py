@@ -5,7 +5,7 @@ from torch import Tensor
 
 from flash_attn_plus import device
 from flash_attn_plus.dropout import keep_threshold
-from flash_attn_plus.fused import launch
+from flash_attn_plus.fused import launch, norm_gluon
 from flash_attn_plus.fused.path import on_device
 
 
@@ -23,24 +23,24 @@ def norm_forward(
     y, y1, t, mean, rstd, mask, mask1,
 ) -> None:  # fmt: skip
     """One program a block of rows, or a row where rows are long."""
+    from flash_attn_plus.backends.triton_relaunch import launch as run
     from flash_attn_plus.kernels.triton.norm import NormFlags, norm_forward_kernel
     from flash_attn_plus.kernels.triton.norm_long import norm_long_forward_kernel
 
-    rows, cols = x.shape
-    config = launch.norm_forward(cols, seeds is not None, device.probe(x.device))
-    flags, strides = NormFlags(is_rms_norm, zero_centered_weight), _row_strides(x, residual, x1, y, y1, t)
+    (rows, cols), where = x.shape, x.device
+    config = launch.norm_forward(cols, seeds is not None, device.probe(where))
+    inputs, parameters, outputs = (x, residual, x1, rowscale), (weight, bias, weight1, bias1), (y, y1, t, mean, rstd)
+    flags = NormFlags(is_rms_norm, zero_centered_weight)
+    constants = (*_row_strides(x, residual, x1, y, y1, t), cols, flags)
     with on_device(x):
         if config.block_cols < cols:
-            norm_long_forward_kernel[(rows,)](
-                x, residual, x1, rowscale, weight, bias, weight1, bias1, y, y1, t, mean, rstd, *strides, eps,
-                cols, flags, config.block_cols, num_warps=config.num_warps,
-            )  # fmt: skip
-            return
-        norm_forward_kernel[(-(-rows // config.block_rows),)](
-            x, residual, x1, rowscale, seeds, weight, bias, weight1, bias1, y, y1, t, mean, rstd, mask, mask1,
-            *strides, rows, eps, keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
-            cols, flags, config.block_rows, config.block_cols, num_warps=config.num_warps,
-        )  # fmt: skip
+            tensors: tuple = (*inputs, *parameters, *outputs)
+            tail: tuple = (*constants, config.block_cols, config.unroll)
+            run(norm_long_forward_kernel, (rows,), tensors, (eps,), tail, config.num_warps, where)
+        else:
+            grid, numbers = (-(-rows // config.block_rows),), (keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p))
+            tensors, tail = (*inputs, seeds, *parameters, *outputs, mask, mask1), (*constants, *config[:2])
+            run(norm_forward_kernel, grid, tensors, (rows, eps, *numbers), tail, config.num_warps, where)
 
 
 def norm_backward(
@@ -48,10 +48,18 @@ def norm_backward(
     dx, dx1, dresidual, y, dweight, dbias, dweight1, dbias1,
 ) -> None:  # fmt: skip
     """Each program walks over its share of the rows and leaves one partial sum of each weight gradient."""
+    facts, (rows, cols) = device.probe(t.device), t.shape
+    is_plain = all(x is None for x in (dy1, rowscale, seeds, dresidual, y))
+    if is_plain and norm_gluon.serves(dy, t, weight, dt, dbias is not None):
+        count = norm_gluon.programs(rows, facts.processors)
+        sums = [_partials(g, count) for g in (dweight, dbias)]
+        norm_gluon.norm_backward(dy, t, weight, dt, mean, rstd, zero_centered_weight, dx, *sums)
+        with on_device(t):
+            _add_up([*sums, None, None], (dweight, dbias, None, None), count)
+        return
+    from flash_attn_plus.backends.triton_relaunch import launch as run
     from flash_attn_plus.kernels.triton.norm import NormFlags, norm_backward_kernel
 
-    rows, cols = t.shape
-    facts = device.probe(t.device)
     row_tensors = 2 + (dy1 is not None) + (dt is not None)
     weights, biases = 1 + (weight1 is not None), (dbias is not None) + (dbias1 is not None)
     config = launch.norm_backward(cols, t.element_size(), row_tensors, weights, biases, facts)
@@ -61,14 +69,16 @@ def norm_backward(
         config.block_cols, t.element_size(), tuple(g is not None for g in gradients)
     )
     sums = [_partials(g if kept else None, programs) for g, kept in zip(gradients, is_kept, strict=True)]
+    tensors = (
+        t, dy, dy1, dt, rowscale, seeds, weight, bias, weight1, mean, rstd, dx, dx1, dresidual, y, *sums
+    )  # fmt: skip
+    numbers = (rows, keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p))
+    constants = (
+        *_row_strides(t, dy, dy1, dt, dx, dx1, dresidual, y), cols, NormFlags(is_rms_norm, zero_centered_weight),
+        config.block_rows, config.block_cols, config.num_stages, launch.REREAD_ABOVE,
+    )  # fmt: skip
     with on_device(t):
-        norm_backward_kernel[(programs,)](
-            t, dy, dy1, dt, rowscale, seeds, weight, bias, weight1, mean, rstd, dx, dx1, dresidual, y, *sums,
-            *_row_strides(t, dy, dy1, dt, dx, dx1, dresidual, y),
-            rows, keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
-            cols, NormFlags(is_rms_norm, zero_centered_weight), config.block_rows, config.block_cols,
-            config.num_stages, launch.REREAD_ABOVE, num_warps=config.num_warps,
-        )  # fmt: skip
+        run(norm_backward_kernel, (programs,), tensors, numbers, constants, config.num_warps, t.device)
         _add_up(sums, gradients, programs)
         left = [None if kept else g for g, kept in zip(gradients, is_kept, strict=True)]
         _column_sums(t, dy, mean, rstd, left[0], left[1], facts.processors)
@@ -79,19 +89,20 @@ def _column_sums(t, dy, mean, rstd, dweight: Tensor | None, dbias: Tensor | None
     """The weight gradients that the row kernel had no registers for."""
     if dweight is None and dbias is None:
         return
+    from flash_attn_plus.backends.triton_relaunch import launch as run
     from flash_attn_plus.kernels.triton.norm import norm_column_sums_kernel
 
     rows, cols = t.shape
     block_rows, block_cols, chunks = launch.column_sums(rows, cols, processors)
     sums = [_partials(g, chunks) for g in (dweight, dbias)]
-    norm_column_sums_kernel[(-(-cols // block_cols), chunks)](
-        t, dy, mean, rstd, *sums, t.stride(0), dy.stride(0), rows, cols, block_rows, block_cols, num_warps=4
-    )
+    grid, constants = (-(-cols // block_cols), chunks), (t.stride(0), dy.stride(0), cols, block_rows, block_cols)
+    run(norm_column_sums_kernel, grid, (t, dy, mean, rstd, *sums), (rows,), constants, 4, t.device)
     _add_up([*sums, None, None], (dweight, dbias, None, None), chunks)
 
 
 def _add_up(partials, gradients, count: int) -> None:
     """Gradients from `count` rows of partial sums each, where there are any."""
+    from flash_attn_plus.backends.triton_relaunch import launch as run
     from flash_attn_plus.kernels.triton.norm import norm_totals_kernel
 
     last = max((i for i, partial in enumerate(partials) if partial is not None), default=-1)
@@ -99,6 +110,5 @@ def _add_up(partials, gradients, count: int) -> None:
         return
     cols = partials[last].shape[1]
     block_parts, block_cols = launch.totals(count)
-    norm_totals_kernel[(-(-cols // block_cols), last + 1)](
-        *partials, *gradients, count, cols, block_parts, block_cols, num_warps=4
-    )
+    grid, where = (-(-cols // block_cols), last + 1), partials[last].device
+    run(norm_totals_kernel, grid, (*partials, *gradients), (count,), (cols, block_parts, block_cols), 4, where)

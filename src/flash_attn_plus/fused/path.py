@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flash_attn_plus.backends.triton_portable import is_interpreted
+from flash_attn_plus.dispatch import may_skip_dispatcher
 from flash_attn_plus.errors import NoBackend
 from flash_attn_plus.selection import forced_backend
 
@@ -49,11 +50,21 @@ def uses_triton(x: Tensor) -> bool:
     return refusal is None and (forced == "triton" or x.device.type != "cpu")
 
 
+_NOTHING: AbstractContextManager = nullcontext()
+
+
 def on_device(x: Tensor) -> AbstractContextManager:
     """Make x's device current: Triton launches on the current one."""
     if x.device.type == "cpu":
-        return nullcontext()
-    module = torch.get_device_module(x.device)
+        return _NOTHING
+    module = torch.cuda if x.device.type == "cuda" else torch.get_device_module(x.device)
     if x.device.index is None or x.device.index == module.current_device():
-        return nullcontext()
+        return _NOTHING
     return module.device(x.device)
+
+
+def is_direct(*tensors: Tensor | None) -> bool:
+    """Whether to call an operator's implementation itself, of which a parameter is as good an argument as a tensor."""
+    return not torch.compiler.is_compiling() and may_skip_dispatcher(
+        *(x for x in tensors if x is not None and type(x) is not torch.nn.Parameter)
+    )

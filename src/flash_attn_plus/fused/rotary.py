@@ -5,7 +5,6 @@ from torch import Tensor
 
 from flash_attn_plus.fused.launch import rotary_block
 from flash_attn_plus.fused.path import on_device, uses_triton
-from flash_attn_plus.tuning.config import power_of_two
 
 MAX_HEAD_DIM = 256
 
@@ -56,20 +55,25 @@ def _apply_triton(x, cos, sin, seqlen_offsets, cu_seqlens, is_interleaved, out, 
     rest = 0 if out is x else head_dim - 2 * half
     is_table_of_offsets = isinstance(seqlen_offsets, Tensor)
     num_sequences = cu_seqlens.shape[0] - 1 if is_packed else 0
-    block_tokens, block_heads, num_warps = rotary_block(heads, half)
-    grid = (batch * -(-tokens // block_tokens) * -(-heads // block_heads),)
-    arguments = (
-        out, x, cos, sin, seqlen_offsets if is_table_of_offsets else None, cu_seqlens,
-        *((0,) if is_packed else ()), *out.stride()[:-1], *((0,) if is_packed else ()), *x.stride()[:-1],
+    block = rotary_block(heads, half, rest)
+    grid = (batch * -(-tokens // block.tokens) * -(-heads // block.heads),)
+    tensors = (out, x, cos, sin, seqlen_offsets if is_table_of_offsets else None, cu_seqlens)
+    numbers = (
         tokens, heads, cos.shape[0], 0 if is_table_of_offsets else seqlen_offsets,
-        num_sequences, num_sequences.bit_length(), half, rest, is_interleaved, is_conjugate,
-        block_tokens, block_heads, power_of_two(half), power_of_two(rest),
+        num_sequences, num_sequences.bit_length(),
+    )  # fmt: skip
+    batch_stride = (0,) if is_packed else ()
+    constants = (
+        *batch_stride, *out.stride()[:-1], *batch_stride, *x.stride()[:-1],
+        half, rest, is_interleaved, is_conjugate, *block[:-1],
     )  # fmt: skip
     if torch.compiler.is_compiling():
-        torch.library.wrap_triton(rotary_kernel)[grid](*arguments, num_warps=num_warps)
+        torch.library.wrap_triton(rotary_kernel)[grid](*tensors, *numbers, *constants, num_warps=block.num_warps)
         return
+    from flash_attn_plus.backends.triton_relaunch import launch
+
     with on_device(x):
-        rotary_kernel[grid](*arguments, num_warps=num_warps)
+        launch(rotary_kernel, grid, tensors, numbers, constants, block.num_warps, x.device)
 
 
 def _check(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen) -> None:

@@ -114,8 +114,8 @@ def _store_gradient(out_ptr, x_ptr, inside, is_label, lse, factor, uniform, smoo
 @triton.jit(do_not_specialize=["class_start", "total_classes", "ignore_index", "dlosses_stride"])
 def cross_entropy_bwd_kernel(
     dlogits_ptr, dlosses_ptr, logits_ptr, lse_ptr, labels_ptr,
-    smoothing, scale, lse_square_scale, ignore_index, class_start, total_classes, num_cols,
-    row_stride, dlogits_stride, dlosses_stride,
+    smoothing, scale, lse_square_scale, ignore_index, class_start, total_classes, dlosses_stride,
+    num_cols, row_stride, dlogits_stride,
     LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One block of columns of one row a program; dlogits may be logits. Rows of both start at equal places."""

@@ -67,12 +67,12 @@ def _drop(
     return tl.where(keep, value * scale, 0.0)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "threshold"])
 def norm_forward_kernel(
     x_ptr, residual_ptr, x1_ptr, rowscale_ptr, seeds_ptr, weight_ptr, bias_ptr, weight1_ptr, bias1_ptr,
     y_ptr, y1_ptr, t_ptr, mean_ptr, rstd_ptr, mask_ptr, mask1_ptr,
-    x_stride, residual_stride, x1_stride, y_stride, y1_stride, t_stride,
     num_rows, eps, threshold, keep_scale,
+    x_stride, residual_stride, x1_stride, y_stride, y1_stride, t_stride,
     N: tl.constexpr, F: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -107,12 +107,12 @@ def norm_forward_kernel(
         _store_rows(y1_ptr, y1_stride, _affine(t, weight1_ptr, bias1_ptr, cols, in_cols, F), rows, cols, inside)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "threshold"])
 def norm_backward_kernel(
     t_ptr, dy_ptr, dy1_ptr, dt_ptr, rowscale_ptr, seeds_ptr, weight_ptr, bias_ptr, weight1_ptr, mean_ptr, rstd_ptr,
     dx_ptr, dx1_ptr, dresidual_ptr, y_ptr, dweight_ptr, dbias_ptr, dweight1_ptr, dbias1_ptr,
-    t_stride, dy_stride, dy1_stride, dt_stride, dx_stride, dx1_stride, dresidual_stride, y_stride,
     num_rows, threshold, keep_scale,
+    t_stride, dy_stride, dy1_stride, dt_stride, dx_stride, dx1_stride, dresidual_stride, y_stride,
     N: tl.constexpr, F: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
     REREAD_ABOVE: tl.constexpr,
 ):  # fmt: skip
@@ -188,7 +188,7 @@ def _store_sums(ptr, partial, program, cols, in_cols, N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows"])
 def norm_column_sums_kernel(
-    t_ptr, dy_ptr, mean_ptr, rstd_ptr, dweight_ptr, dbias_ptr, t_stride, dy_stride, num_rows,
+    t_ptr, dy_ptr, mean_ptr, rstd_ptr, dweight_ptr, dbias_ptr, num_rows, t_stride, dy_stride,
     N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Sums over rows of dy and of dy * normalised t, for rows too long to keep these in the backward kernel."""

@@ -31,8 +31,8 @@ def _store_output(y_ptr, normed, weight_ptr, bias_ptr, cols, inside, F: tl.const
 def norm_long_forward_kernel(
     x_ptr, residual_ptr, x1_ptr, rowscale_ptr, weight_ptr, bias_ptr, weight1_ptr, bias1_ptr,
     y_ptr, y1_ptr, t_ptr, mean_ptr, rstd_ptr,
-    x_stride, residual_stride, x1_stride, y_stride, y1_stride, t_stride, eps,
-    N: tl.constexpr, F: tl.constexpr, BLOCK_N: tl.constexpr,
+    eps, x_stride, residual_stride, x1_stride, y_stride, y1_stride, t_stride,
+    N: tl.constexpr, F: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """One row a program. Outputs are written on the last reading, so they may lie where the inputs do."""
     row = tl.program_id(0).to(tl.int64)
@@ -53,19 +53,19 @@ def norm_long_forward_kernel(
     mean = 0.0
     if not F.is_rms_norm:
         sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
-        for first in tl.range(0, N, BLOCK_N, loop_unroll_factor=2):
+        for first in tl.range(0, N, BLOCK_N, loop_unroll_factor=UNROLL):
             cols = first + lane
             sums += _inputs(x_ptr, residual_ptr, x1_ptr, scale, cols, cols < N, "evict_last")
         mean = tl.sum(sums, 0) / N
         tl.store(mean_ptr + row, mean)
     squares = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for first in tl.range(0, N, BLOCK_N, loop_unroll_factor=2):
+    for first in tl.range(0, N, BLOCK_N, loop_unroll_factor=UNROLL):
         cols = first + lane
         t = _inputs(x_ptr, residual_ptr, x1_ptr, scale, cols, cols < N, "evict_last") - mean
         squares += tl.where(cols < N, t * t, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(squares, 0) / N + eps)
     tl.store(rstd_ptr + row, rstd)
-    for first in tl.range(0, N, BLOCK_N, loop_unroll_factor=2):
+    for first in tl.range(0, N, BLOCK_N, loop_unroll_factor=UNROLL):
         cols = first + lane
         inside = cols < N
         t = _inputs(x_ptr, residual_ptr, x1_ptr, scale, cols, inside, "evict_first")

@@ -31,8 +31,8 @@ def _rotate(x0, x1, cos, sin, IS_CONJUGATE: tl.constexpr):
 @triton.jit(do_not_specialize=["num_tokens", "heads", "table_length", "offset", "num_sequences", "search_steps"])
 def rotary_kernel(
     out_ptr, x_ptr, cos_ptr, sin_ptr, offsets_ptr, cu_seqlens_ptr,
-    out_batch_stride, out_token_stride, out_head_stride, x_batch_stride, x_token_stride, x_head_stride,
     num_tokens, heads, table_length, offset, num_sequences, search_steps,
+    out_batch_stride, out_token_stride, out_head_stride, x_batch_stride, x_token_stride, x_head_stride,
     HALF: tl.constexpr, REST: tl.constexpr, IS_INTERLEAVED: tl.constexpr, IS_CONJUGATE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
