@@ -1,13 +1,17 @@
 """The Hopper backend against the oracle on a Hopper GPU, called directly, for every shared case that it serves."""
 
+from itertools import accumulate
 from random import Random
+from typing import Literal
 
 import pytest
 import torch
 from cases import cache, dense, varlen
+from torch import Tensor
 
 from flash_attn_plus.backends.gluon_hopper import GluonHopper
 from flash_attn_plus.ops import allocate_outputs
+from flash_attn_plus.problem import AttentionInputs, AttentionProblem, describe
 from flash_attn_plus.testing import Case, arrange, assert_matches_reference, make_inputs
 
 pytestmark = pytest.mark.skipif(
@@ -22,26 +26,37 @@ NAMES = [
 WIDE = Case(batch=2, seqlen_q=1037, seqlen_k=1037, heads=4, heads_k=2, head_dim=128)
 
 
+def results(
+    x: AttentionInputs,
+    problem: AttentionProblem,
+    dout: Tensor,
+    dlse: Tensor | None = None,
+    layout: Literal["contiguous", "packed"] = "contiguous",
+) -> dict[str, Tensor]:
+    """Forward, and for a backward problem that is served the gradients, all into poisoned buffers."""
+    backend = GluonHopper()
+    out, lse = (t.fill_(torch.nan) for t in allocate_outputs(x.q, x.v, problem.is_varlen_q))
+    backend.forward(problem._replace(is_backward=False), x, out, lse)
+    found = {"out": out, "lse": lse}
+    if problem.is_backward and backend.reasons(problem) == []:
+        poison = (torch.full_like(t, torch.nan, memory_format=torch.contiguous_format) for t in (x.q, x.k, x.v))
+        grads = [arrange(t, layout) for t in poison]
+        delta = torch.full_like(lse, torch.nan)
+        backend.backward(problem, x, dout, out, lse, dlse, *grads, delta)
+        found |= dict(zip(("dq", "dk", "dv"), grads, strict=True)) | {"delta": delta}
+    return found
+
+
 def run(case: Case, dtype: torch.dtype, with_dlse: bool = False, is_deterministic: bool = False) -> None:
-    """Forward, and backward into poisoned strided buffers where it is served, held to the tolerance rule."""
+    """Forward, and backward where it is served, held to the tolerance rule."""
     backend, call = GluonHopper(), make_inputs(case, dtype, "cuda")
-    problem = call.problem()
-    assert backend.reasons(problem) == []
+    problem = call.problem(is_backward=case.has_backward)._replace(is_deterministic=is_deterministic)
+    assert backend.reasons(problem._replace(is_backward=False)) == []
     if backend.input_reasons(call.inputs):
         pytest.skip("inputs not served")
-    out, lse = (x.fill_(torch.nan) for x in allocate_outputs(call.inputs.q, call.inputs.v, problem.is_varlen_q))
-    backend.forward(problem, call.inputs, out, lse)
-    results = {"out": out, "lse": lse}
-    problem = call.problem(is_backward=True)._replace(is_deterministic=is_deterministic)
-    if case.has_backward and backend.reasons(problem) == []:
-        layout = "packed" if case.layout == "packed" else "contiguous"
-        poison = (torch.full_like(x, torch.nan, memory_format=torch.contiguous_format) for x in call.inputs[:3])
-        grads = [arrange(x, layout) for x in poison]
-        delta = torch.full_like(lse, torch.nan)
-        dlse = call.dlse if with_dlse else None
-        backend.backward(problem, call.inputs, call.dout, out, lse, dlse, *grads, delta)
-        results |= dict(zip(("dq", "dk", "dv"), grads, strict=True)) | {"delta": delta}
-    assert_matches_reference(call, results, with_dlse=with_dlse)
+    layout = "packed" if case.layout == "packed" else "contiguous"
+    found = results(call.inputs, problem, call.dout, call.dlse if with_dlse else None, layout)
+    assert_matches_reference(call, found, with_dlse=with_dlse)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -87,30 +102,67 @@ def test_hostile_scores():
 def test_results_repeat_bitwise(head_dim, is_deterministic):
     """A race between roles shows as a result that changes from run to run."""
     lengths = {"lengths_q": (2500, 1, 0, 300), "lengths_k": (2500, 9, 5, 300), "right": 0}
-    backend, call = GluonHopper(), make_inputs(WIDE._replace(head_dim=head_dim, **lengths), torch.bfloat16, "cuda")
-    x = call.inputs
+    call = make_inputs(WIDE._replace(head_dim=head_dim, **lengths), torch.bfloat16, "cuda")
     problem = call.problem(is_backward=True)._replace(is_deterministic=is_deterministic)
+    names = ("out", "lse", "dk", "dv", "dq")[: 5 if is_deterministic or head_dim == 256 else 4]
     first = None
     for _ in range(200):
-        out, lse = allocate_outputs(x.q, x.v, True)
-        backend.forward(call.problem(), x, out, lse)
-        dq, dk, dv = (torch.empty_like(t) for t in (x.q, x.k, x.v))
-        backend.backward(problem, x, call.dout, out, lse, None, dq, dk, dv, torch.empty_like(lse))
-        found = (out, lse, dk, dv, dq)[: 5 if is_deterministic or head_dim == 256 else 4]
+        found = results(call.inputs, problem, call.dout)
         first = first or found
-        assert all(map(torch.equal, found, first))
+        for name in names:
+            assert torch.equal(found[name], first[name]), name
 
 
-def test_random_packed_batches():
-    """Sequences without queries or keys, shorter than a tile and just beyond one, in any order."""
-    random = Random(0)
-    lengths = (0, 1, 63, 64, 65, 127, 128, 129, 200, 300)
-    for _ in range(300):
-        count = random.randint(1, 9)
-        pairs = [(random.choice(lengths), random.choice(lengths)) for _ in range(count)] + [(65, 129)]
-        lengths_q, lengths_k = zip(*pairs, strict=True)
-        case = WIDE._replace(batch=len(pairs), head_dim=64, lengths_q=lengths_q, lengths_k=lengths_k)
-        run(case._replace(right=random.choice((-1, 0))), torch.bfloat16)
+LENGTHS = (0, 1, 63, 64, 65, 127, 128, 129, 200, 300)
+PAIRS = [(q, k) for q in LENGTHS for k in LENGTHS]
+
+
+def rows_of(lengths: list[int]) -> list[Tensor]:
+    """The rows of each sequence among all."""
+    ends = list(accumulate(lengths))
+    return [torch.arange(end - n, end, device="cuda") for n, end in zip(lengths, ends, strict=True)]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("right", [-1, 0])
+def test_random_packed_batches(right, head_dim):
+    """Sequences without queries or keys, shorter than a tile and just beyond one, 1,000 batches in any order.
+
+    A sequence's results are held to the tolerance once, and do not depend on the batch that it is in.
+    """
+    lengths_q, lengths_k = zip(*PAIRS, strict=True)
+    case = WIDE._replace(batch=len(PAIRS), head_dim=head_dim, right=right, lengths_q=lengths_q, lengths_k=lengths_k)
+    call = make_inputs(case, torch.bfloat16, "cuda")
+    problem = call.problem(is_backward=True)._replace(is_deterministic=True)
+    expected = results(call.inputs, problem, call.dout)
+    assert_matches_reference(call, expected)
+    pool_q, pool_k, random = rows_of(lengths_q), rows_of(lengths_k), Random(head_dim + right)
+    for _ in range(167):
+        picked = [*random.choices(range(len(PAIRS)), k=random.randint(1, 9)), PAIRS.index((65, 129))]
+        at_q, at_k = torch.cat([pool_q[i] for i in picked]), torch.cat([pool_k[i] for i in picked])
+        starts = [[0, *accumulate(lengths[i] for i in picked)] for lengths in (lengths_q, lengths_k)]
+        cu_q, cu_k = torch.tensor(starts, dtype=torch.int32, device="cuda")
+        x = call.inputs._replace(
+            q=call.inputs.q[at_q], k=call.inputs.k[at_k], v=call.inputs.v[at_k], cu_seqlens_q=cu_q, cu_seqlens_k=cu_k
+        )
+        longest = [max(lengths[i] for i in picked) for lengths in (lengths_q, lengths_k)]
+        problem = describe(x, *longest, -1, right, is_backward=True, is_deterministic=True)
+        found = results(x, problem, call.dout[at_q])
+        for name in ("out", "dq", "dk", "dv"):
+            assert torch.equal(found[name], expected[name][at_k if name in ("dk", "dv") else at_q]), (name, picked)
+        assert torch.equal(found["lse"], expected["lse"][:, at_q]), picked
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(("batch", "heads", "length"), [(1, 1, 1), (1, 1, 64), (1, 1, 128), (33, 4, 128), (70, 8, 200)])
+def test_grids_of_one_tile_and_of_many(batch, heads, length, head_dim):
+    """Warpgroups without rows, programs without a second tile, and as many tiles as processors."""
+    for right in (-1, 0):
+        run(
+            Case(batch, length, length, heads, heads, head_dim, right=right),
+            torch.bfloat16,
+            is_deterministic=right == 0,
+        )
 
 
 def test_scheduler_counter_survives_many_launches_and_graphs():
