@@ -31,12 +31,13 @@ class ForwardPlan:
         is_cache = p.has_seqused_k or p.has_leftpad_k or p.page_size > 0
         self._is_even = p.right < 0 and not (p.is_varlen_q or p.is_varlen_k or is_cache)
         self._device, self._width = p.device, width
-        self._tiles = (
+        boxes = (
             tiles_of(x.q, QUERIES, width),
             tiles_of(x.k, tile.block_n, width, is_cache),
             tiles_of(x.v, tile.block_n, width, is_cache),
         )
-        chunk = chunk_of(p.batch * p.heads, p.seqlen_k * width * 4, p.right >= 0)
+        self._tiles = tuple(tiles.of(None) for tiles in boxes)  # plans outlive the tensors of their first call
+        chunk = chunk_of(p.batch * p.heads, p.seqlen_k * width * 4, p.right >= 0, hopper.FORWARD_CACHE)
         self._sizes = (p.batch, p.heads, p.heads // p.heads_k, chunk, p.seqlen_q, p.seqlen_k, p.left, p.right)
         constants = {
             "HAS_LEFT": p.left >= 0,
