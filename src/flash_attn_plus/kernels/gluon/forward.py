@@ -48,20 +48,20 @@ def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, r
         o = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, o_layout)
         slot = queries.slot(done, WG, CONSUMERS)
         q = queries.tiles.index(slot)
-        mbarrier.wait(queries.full.index(slot), queries.phase(done, WG, CONSUMERS))
+        mbarrier.wait(queries.full.index(slot), queries.phase(done, CONSUMERS))
         keys.wait(n)
         s = warpgroup_mma(q, keys.tile(n).permute((1, 0)), no_scores, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=(s,))
         keys.release(n)
+        if IS_AHEAD:
+            if done > 0:  # by now the last tile's output has left, and its memory can take queries
+                tma.store_wait(0)
+                mbarrier.arrive(queries.empty.index(queries.slot(done - 1, WG, CONSUMERS)), count=1)
         s, _ = rule.apply(s, slope, diagonal, (end - 1) * BLOCK_N, s_layout)
         if (end <= full_first) | (end > full_end):
             s = band.mask_keys(s, row0, (end - 1) * BLOCK_N, s_layout)
         row_max, p, row_sum = softmax.start(s, rule.factor())
         weights = gl.convert_layout(p.to(dtype), p_layout, assert_trivial=True)
-        if IS_AHEAD:
-            if done > 0:  # by now the last tile's output has left, and its memory can take queries
-                tma.store_wait(0)
-                mbarrier.arrive(queries.empty.index(queries.slot(done - 1, WG, CONSUMERS)), count=1)
         values.wait(n)
         for i in range(1, end - first):
             block = end - 1 - i

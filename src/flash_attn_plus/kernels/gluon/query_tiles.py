@@ -91,35 +91,29 @@ class Work:
 
 @record
 class Queries:
-    """The consumers' tiles of queries, in turn; with more of them than consumers the next ones arrive early."""
+    """Every consumer's tiles of queries: one, or two so that the next arrives early."""
 
-    tiles: gl.shared_memory_descriptor  # [tiles, rows, columns]
+    tiles: gl.shared_memory_descriptor  # [consumers * one or two, rows, columns]
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
 
     @gluon.jit
     def slot(self, i, consumer, CONSUMERS: gl.constexpr):
         """Where a consumer's i-th tile lies."""
-        if self.tiles.shape[0] % CONSUMERS == 0:
-            return i % (self.tiles.shape[0] // CONSUMERS) * CONSUMERS + consumer
-        return (i * CONSUMERS + consumer) % self.tiles.shape[0]
+        return i % (self.tiles.shape[0] // CONSUMERS) * CONSUMERS + consumer
 
     @gluon.jit
-    def phase(self, i, consumer, CONSUMERS: gl.constexpr):
-        """The parity of its barriers."""
-        if self.tiles.shape[0] % CONSUMERS == 0:
-            return i // (self.tiles.shape[0] // CONSUMERS) & 1
-        return (i * CONSUMERS + consumer) // self.tiles.shape[0] & 1
+    def phase(self, i, CONSUMERS: gl.constexpr):
+        """The parity of the i-th tile's barriers."""
+        return i // (self.tiles.shape[0] // CONSUMERS) & 1
 
 
 @gluon.jit
-def _fill_keys(i, k_desc, v_desc, keys, values, keys_at, batch, start, length, head, col0):
-    """Copy in the i-th tiles of K and V."""
-    start, length, row = keys_at.place(batch, start, length, col0)
-    full = keys.acquire(i, k_desc.block_type.nbytes)
-    load_tile(k_desc, batch, start, length, head, row, full, keys.tile(i))
-    full = values.acquire(i, v_desc.block_type.nbytes)
-    load_tile(v_desc, batch, start, length, head, row, full, values.tile(i))
+def _fill(i, desc, ring, batch, at, head):
+    """Copy in the i-th tile of K or of V."""
+    start, length, row = at
+    full = ring.acquire(i, desc.block_type.nbytes)
+    load_tile(desc, batch, start, length, head, row, full, ring.tile(i))
 
 
 @gluon.jit
@@ -129,6 +123,7 @@ def producer(q_desc, do_desc, k_desc, v_desc, queries, do_tiles, keys, values, m
     BLOCK_M: gl.constexpr = queries.tiles.shape[1]
     BLOCK_N: gl.constexpr = keys.tiles.shape[1]
     CONSUMERS: gl.constexpr = work.ROWS // BLOCK_M
+    IS_AHEAD: gl.constexpr = queries.tiles.shape[0] > CONSUMERS
     BYTES: gl.constexpr = q_desc.block_type.nbytes if do_desc is None else 2 * q_desc.block_type.nbytes
     tiles = work.count()
     tile = gl.program_id(0)
@@ -138,24 +133,30 @@ def producer(q_desc, do_desc, k_desc, v_desc, queries, do_tiles, keys, values, m
         batch, head, row0, q_start, k_start, band = work.locate(tile)
         if row0 < band.len_q:
             mailbox.send(sent, (batch, head, row0, q_start, band.len_q, band.len_k))
+            first, _, _, end = band.key_tiles(row0, work.ROWS, BLOCK_N)
+            head_k = head // group
+            col0 = (first if STEP > 0 else end - 1) * BLOCK_N
+            at = work.keys_at.place(batch, k_start, band.len_k, col0)
+            if not IS_AHEAD:  # what is free first comes first
+                _fill(copied, k_desc, keys, batch, at, head_k)
             for w in gl.static_range(CONSUMERS):
                 slot = queries.slot(sent, w, CONSUMERS)
-                mbarrier.wait(queries.empty.index(slot), queries.phase(sent, w, CONSUMERS) ^ 1)
+                mbarrier.wait(queries.empty.index(slot), queries.phase(sent, CONSUMERS) ^ 1)
                 mbarrier.expect(queries.full.index(slot), BYTES)
                 row = row0 + w * BLOCK_M
                 full = queries.full.index(slot)
                 load_tile(q_desc, batch, q_start, band.len_q, head, row, full, queries.tiles.index(slot))
                 if do_desc is not None:
                     load_tile(do_desc, batch, q_start, band.len_q, head, row, full, do_tiles.index(slot))
-            first, _, _, end = band.key_tiles(row0, work.ROWS, BLOCK_N)
-            head_k = head // group
-            col0 = (first if STEP > 0 else end - 1) * BLOCK_N
-            at = work.keys_at
-            _fill_keys(copied, k_desc, v_desc, keys, values, at, batch, k_start, band.len_k, head_k, col0)
+            if IS_AHEAD:
+                _fill(copied, k_desc, keys, batch, at, head_k)
+            _fill(copied, v_desc, values, batch, at, head_k)
             tile = draw(tile, tiles, counter_ptr)  # here the counter's latency is hidden
             for i in range(1, end - first):
                 col0 += STEP * BLOCK_N
-                _fill_keys(copied + i, k_desc, v_desc, keys, values, at, batch, k_start, band.len_k, head_k, col0)
+                at = work.keys_at.place(batch, k_start, band.len_k, col0)
+                _fill(copied + i, k_desc, keys, batch, at, head_k)
+                _fill(copied + i, v_desc, values, batch, at, head_k)
             copied += end - first
             sent += 1
         else:

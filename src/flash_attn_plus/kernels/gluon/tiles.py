@@ -23,7 +23,7 @@ def place(tile, heads_total, chunk, blocks):
 def draw(tile, tiles, counter_ptr):
     """The tile after this one: drawn from a counter, or dealt in turns where all tiles are alike."""
     if counter_ptr is not None:
-        drawn = gl.atomic_add(counter_ptr, 1)
+        drawn = gl.atomic_add(counter_ptr, 1, sem="relaxed")
         if drawn == tiles - 1:  # the last of all draws, of which each program makes one too many
             gl.store(counter_ptr, 0)
         return drawn + gl.num_programs(0)
