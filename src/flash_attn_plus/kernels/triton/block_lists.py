@@ -111,9 +111,9 @@ def masked_tile(walk, i, tile, first, full_first, full_end, F: tl.constexpr):
 
 
 @triton.jit
-def keep(rows, cols, band, walk, F: tl.constexpr):
+def keep(rows, cols, band, walk, F: tl.constexpr, BY_BOUNDS: tl.constexpr = True):
     """`mask.keep`, and the key's block is visible to the query's."""
-    inside = mask.keep(rows, cols, band, F)
+    inside = mask.keep(rows, cols, band, F, BY_BOUNDS)
     if F.has_cut_blocks:
         ptrs = walk.mask_ptr + (rows // walk.block_q) * walk.mask_row + cols // walk.block_k
         inside &= tl.load(ptrs, mask=inside, other=0) != 0

@@ -8,14 +8,25 @@ import triton.language as tl
 
 
 @triton.jit
-def keep(rows, cols, band, F: tl.constexpr):
-    """bool of rows' and cols' broadcast shape: the key is visible to the query."""
-    end = tl.where(rows < band.len_q, band.len_k, 0)  # bounds for each row, so that a score costs a comparison or two
-    if F.has_right:
-        end = tl.minimum(end, rows + (band.len_k - band.len_q + band.right + 1))
-    inside = cols < end
-    if F.has_left:
-        inside &= cols >= rows + (band.len_k - band.len_q - band.left)
+def keep(rows, cols, band, F: tl.constexpr, BY_BOUNDS: tl.constexpr = True):
+    """bool of rows' and cols' broadcast shape: the key is visible to the query.
+
+    BY_BOUNDS costs a register or two for each row, and saves all but a comparison or two for each score.
+    """
+    shift = band.len_k - band.len_q
+    if BY_BOUNDS:
+        end = tl.where(rows < band.len_q, band.len_k, 0)
+        if F.has_right:
+            end = tl.minimum(end, rows + (shift + band.right + 1))
+        inside = cols < end
+        if F.has_left:
+            inside &= cols >= rows + (shift - band.left)
+    else:
+        inside = (cols < band.len_k) & (rows < band.len_q)
+        if F.has_right:
+            inside &= cols - rows - shift <= band.right
+        if F.has_left:
+            inside &= cols - rows - shift >= -band.left
     return inside
 
 
