@@ -33,11 +33,11 @@ class Packing(NamedTuple):
 
     def pack(self, x: Tensor) -> Tensor:
         """(b, s, ...) -> (b * s, ...); what arrives as the gradient of a row that is not kept is taken as 0."""
-        return _Pack.apply(x, *self[:3])
+        return _Pack.apply(x, self.keep, self.order, self.inverse)
 
     def unpack(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """(b * s, ...) -> (b, s, ...) with `fill` in the rows that are not kept."""
-        return _Unpack.apply(x, *self[:3], fill)
+        return _Unpack.apply(x, self.keep, self.order, self.inverse, fill)
 
 
 def _gather(x: Tensor, order: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Ragged(NamedTuple):
 
     def with_rows(self, rows: Tensor) -> "Ragged":
         """Other rows of the same sequences."""
-        return self._replace(rows=rows)
+        return Ragged(rows, self.cu_seqlens, self.longest, self.lengths)
 
 
 Sequences: TypeAlias = Any  # a list or tuple of tensors, a nested tensor of layout torch.jagged, or a Ragged

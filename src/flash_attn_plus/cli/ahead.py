@@ -157,7 +157,7 @@ def only_compiling(target: Target, wants: Callable[[str, str], bool]) -> Iterato
     def is_unwanted(*, key: str, fn: Any, **_rest: Any) -> bool:
         return not wants(fn.name, key)
 
-    driver_before = driver._active
+    driver_before = vars(driver).get("_active", vars(driver).get("active"))  # the latter before Triton 3.5
     try:
         driver.set_active(_Driver(target))
         JITFunction.run, knobs.runtime.jit_cache_hook = compile_only, is_unwanted
