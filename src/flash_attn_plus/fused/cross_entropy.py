@@ -1,5 +1,8 @@
 """Cross-entropy of logits (n, vocabulary) with smoothing, scale, z-loss and a vocabulary split over processes."""
 
+from functools import cache
+from types import ModuleType
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -34,13 +37,20 @@ def _vector_width(x: Tensor) -> int:
     return 16 // x.element_size() if x.data_ptr() % 16 == 0 else 1
 
 
+@cache
+def _modules() -> tuple[ModuleType, ModuleType]:
+    """Triton's, which need not be installed: the launcher and the kernels."""
+    from flash_attn_plus.backends import triton_relaunch
+    from flash_attn_plus.kernels.triton import cross_entropy
+
+    return triton_relaunch, cross_entropy
+
+
 def _forward_triton(
     logits, labels, precomputed_lse, smoothing, scale, lse_square_scale, ignore_index, class_start, total_classes,
     is_split, losses, lse, z_losses,
 ) -> None:  # fmt: skip
-    from flash_attn_plus.backends.triton_relaunch import launch as run
-    from flash_attn_plus.kernels.triton.cross_entropy import cross_entropy_fwd_kernel
-
+    triton, kernels = _modules()
     rows, cols = logits.shape
     block, num_warps = launch.cross_entropy_block(cols)
     width = _vector_width(logits)
@@ -48,15 +58,13 @@ def _forward_triton(
     numbers = (smoothing, scale, lse_square_scale, ignore_index, class_start, total_classes)
     constants = (cols, logits.stride(0), is_split, smoothing > 0.0, block // width, width)
     with on_device(logits):
-        run(cross_entropy_fwd_kernel, (rows,), tensors, numbers, constants, num_warps, logits.device)
+        triton.launch(kernels.cross_entropy_fwd_kernel, (rows,), tensors, numbers, constants, num_warps, logits.device)
 
 
 def _backward_triton(
     dlosses, logits, lse, labels, smoothing, scale, lse_square_scale, ignore_index, class_start, total_classes, dlogits
 ) -> None:
-    from flash_attn_plus.backends.triton_relaunch import launch as run
-    from flash_attn_plus.kernels.triton.cross_entropy import cross_entropy_bwd_kernel
-
+    triton, kernels = _modules()
     rows, cols = logits.shape
     block, num_warps = launch.elementwise_block(cols)
     width = min(_vector_width(logits), _vector_width(dlogits))
@@ -66,7 +74,7 @@ def _backward_triton(
     numbers = (smoothing, scale, lse_square_scale, ignore_index, class_start, total_classes, dlosses.stride(0))
     constants = (cols, logits.stride(0), dlogits.stride(0), block // width, width)
     with on_device(logits):
-        run(cross_entropy_bwd_kernel, grid, tensors, numbers, constants, num_warps, logits.device)
+        triton.launch(kernels.cross_entropy_bwd_kernel, grid, tensors, numbers, constants, num_warps, logits.device)
 
 
 def _forward(logits, labels, precomputed_lse, *numbers):

@@ -127,7 +127,6 @@ class RotaryBlock(NamedTuple):
     num_warps: int
 
 
-@cache
 def rotary_block(heads: int, half: int, rest: int) -> RotaryBlock:
     """About 1024 pairs a program, 8 a thread, one 16-byte load of each half."""
     rows = max(1, 1024 // power_of_two(half))

@@ -13,9 +13,9 @@ def _check_shapes(x: Tensor, residual: Tensor | None, x1: Tensor | None, rowscal
     assert rowscale is None or rowscale.shape == x.shape[:-1], "rowscale must have the shape of x without features"
 
 
-def _packed(*parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+def _packed(*parameters: Tensor | None) -> list[Tensor | None]:
     """Parameters with adjacent elements, as the kernels read them."""
-    return tuple(None if p is None else p.contiguous() for p in parameters)
+    return [None if p is None else p.contiguous() for p in parameters]
 
 
 def _shaped(x: Tensor | None, shape: torch.Size) -> Tensor | None:

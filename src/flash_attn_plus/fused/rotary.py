@@ -1,5 +1,7 @@
 """Rotary position embedding of one tensor, in place or not: the Triton launch and the PyTorch path."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,7 @@ from flash_attn_plus.fused.launch import rotary_block
 from flash_attn_plus.fused.path import on_device, uses_triton
 
 MAX_HEAD_DIM = 256
+_remembered_block = cache(rotary_block)  # torch.compile warns of caches, so its tracer meets the function itself
 
 
 def _positions(
@@ -55,7 +58,8 @@ def _apply_triton(x, cos, sin, seqlen_offsets, cu_seqlens, is_interleaved, out, 
     rest = 0 if out is x else head_dim - 2 * half
     is_table_of_offsets = isinstance(seqlen_offsets, Tensor)
     num_sequences = cu_seqlens.shape[0] - 1 if is_packed else 0
-    block = rotary_block(heads, half, rest)
+    is_traced = torch.compiler.is_compiling()
+    block = (rotary_block if is_traced else _remembered_block)(heads, half, rest)
     grid = (batch * -(-tokens // block.tokens) * -(-heads // block.heads),)
     tensors = (out, x, cos, sin, seqlen_offsets if is_table_of_offsets else None, cu_seqlens)
     numbers = (
@@ -67,7 +71,7 @@ def _apply_triton(x, cos, sin, seqlen_offsets, cu_seqlens, is_interleaved, out, 
         *batch_stride, *out.stride()[:-1], *batch_stride, *x.stride()[:-1],
         half, rest, is_interleaved, is_conjugate, *block[:-1],
     )  # fmt: skip
-    if torch.compiler.is_compiling():
+    if is_traced:
         torch.library.wrap_triton(rotary_kernel)[grid](*tensors, *numbers, *constants, num_warps=block.num_warps)
         return
     from flash_attn_plus.backends.triton_relaunch import launch
