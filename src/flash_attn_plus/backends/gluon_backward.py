@@ -82,7 +82,7 @@ def _walk_queries(
     """Fill dk and dv, and add to the accumulator."""
     p, x, tile = c.p, c.x, c.tile
     bytes_a_head = c.group * p.seqlen_q * c.width * 8
-    chunk = chunk_of(p.batch * p.heads_k, bytes_a_head, p.right >= 0, hopper.BACKWARD_CACHE)
+    chunk = chunk_of(p.batch * p.heads_k, bytes_a_head, p.right >= 0, hopper.CACHE)
     constants = {
         "HAS_LEFT": p.left >= 0,
         "HAS_RIGHT": p.right >= 0,
@@ -112,7 +112,7 @@ def _walk_queries(
 def _walk_keys(c: _Call, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -> None:
     """Fill dq by a kernel of its own."""
     p, x, tile = c.p, c.x, hopper.DQ[c.width]
-    chunk = chunk_of(p.batch * p.heads, p.seqlen_k * c.width * 4, p.right >= 0, hopper.BACKWARD_CACHE)
+    chunk = chunk_of(p.batch * p.heads, p.seqlen_k * c.width * 4, p.right >= 0, hopper.CACHE)
     constants = {
         "HAS_LEFT": p.left >= 0,
         "HAS_RIGHT": p.right >= 0,

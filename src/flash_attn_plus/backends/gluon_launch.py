@@ -37,7 +37,7 @@ class ForwardPlan:
             tiles_of(x.v, tile.block_n, width, is_cache),
         )
         self._tiles = tuple(tiles.of(None) for tiles in boxes)  # plans outlive the tensors of their first call
-        chunk = chunk_of(p.batch * p.heads, p.seqlen_k * width * 4, p.right >= 0, hopper.FORWARD_CACHE)
+        chunk = chunk_of(p.batch * p.heads, p.seqlen_k * width * 4, p.right >= 0, hopper.forward_cache(p))
         self._sizes = (p.batch, p.heads, p.heads // p.heads_k, chunk, p.seqlen_q, p.seqlen_k, p.left, p.right)
         constants = {
             "HAS_LEFT": p.left >= 0,

@@ -68,10 +68,12 @@ DQ = {
     # Larger tiles of keys do not fit the registers, more of them not the shared memory.
     256: DqTile(64, 2, 2, 1, 240, 24, spills=60),
 }
-# What the heads in flight may take of the 50 MB cache. With 32 MB 512 causal keys ran 4 % slower forward, with 8 MB
-# 2,048 keys 3 % slower; backward 16 MB cost 3 %.
-FORWARD_CACHE = 16 << 20
-BACKWARD_CACHE = 32 << 20
+# What the heads in flight may take of the 50 MB cache under a causal band. Fewer heads leave longer tiles for the end:
+# backward 16 MB cost 3 %.
+CACHE = 32 << 20
+# Forward, 16 MB took 512 keys from 340 to 356 TFLOP/s; with 2,048 it gained 4 % in one run and lost 6 % in another.
+SHORT_CACHE = 16 << 20
+SHORT = 1024  # keys up to which SHORT_CACHE counts
 LONG = 2048  # keys from which on "64 long" wins
 LONG_CAUSAL = 8192
 
@@ -88,6 +90,11 @@ def forward_tile(problem: AttentionProblem) -> ForwardTile:
     is_plain = problem.left < 0 and not (problem.has_softcap or problem.has_alibi)
     is_long = width == 64 and is_plain and problem.seqlen_k >= longest
     return FORWARD[f"{width} long" if is_long else str(width)]
+
+
+def forward_cache(problem: AttentionProblem) -> int:
+    """Bytes of keys and values of the heads that take turns in the forward kernel."""
+    return SHORT_CACHE if problem.seqlen_k <= SHORT else CACHE
 
 
 def is_split(problem: AttentionProblem) -> bool:
