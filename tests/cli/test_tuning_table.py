@@ -95,6 +95,22 @@ def test_what_is_written_is_what_is_read(tmp_path):
     assert table.parse("t", table.render(entries, {"device": "x"})) == entries
 
 
+def test_a_table_from_before_descriptors_is_read(written):
+    older = json.loads(table.render([entry(SHORT, 1024)], {}))
+    del older["entries"][0]["config"]["by_descriptor"]
+    written(json.dumps(older))
+    assert heuristics.forward(problem(), HOPPER)[0] == SHORT
+
+
+@pytest.mark.parametrize("changes", [{"is_varlen_k": True}, {"has_seqused_k": True}, {"has_leftpad_k": True}])
+def test_descriptors_are_for_dense_calls_whatever_a_table_says(written, changes):
+    built_in = heuristics.forward(problem(**changes), HOPPER)
+    described = SHORT._replace(by_descriptor=True)
+    written([entry(described, 1024)])
+    assert heuristics.forward(problem(), HOPPER)[0] == described
+    assert heuristics.forward(problem(**changes), HOPPER) == built_in
+
+
 GOOD = json.loads(table.render([entry(SHORT, 1024)], {}))
 
 
@@ -123,6 +139,7 @@ def bad(**changes):
         (bad(config={"num_warps": "4"}), "num_warps is '4'"),
         (bad(config={"num_stages": 9}), "num_stages is 9, not from 1 to 8"),
         (bad(config={"is_split": 1}), "is_split is 1"),
+        (bad(config={"by_descriptor": 0}), "by_descriptor is 0"),
         (bad(config={"block_k": 16}), "config does not hold exactly block_m, block_n"),
     ],
 )

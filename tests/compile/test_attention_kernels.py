@@ -9,6 +9,7 @@ from flash_attn_plus.backends import triton_launch
 from flash_attn_plus.kernels.triton import backward as backward_kernels
 from flash_attn_plus.kernels.triton import forward as forward_kernels
 from flash_attn_plus.problem import AttentionInputs, describe
+from flash_attn_plus.tuning import heuristics
 
 FORWARD = ("attention_forward_kernel",)
 BACKWARD = ("attention_statistics_kernel", "attention_backward_dkdv_kernel", "attention_backward_dq_kernel")
@@ -81,11 +82,13 @@ def test_full_without_spills(target: str, head_dim: int):
         check(target, launch, spills_allowed=False)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_hopper_without_descriptors(head_dim: int):
-    for launch in launches("cuda:90", head_dim, causal=True, length=256):
-        assert not any(getattr(value, "has_descriptors", False) for value in launch.args)
+@pytest.mark.parametrize(("head_dim", "causal"), [(64, True), (128, False), (128, True), (256, True)])
+def test_hopper_with_descriptors(head_dim: int, causal: bool, monkeypatch):
+    monkeypatch.setattr(heuristics, "_DESCRIPTOR_FAMILIES", frozenset({"cuda90"}))
+    heuristics._known.cache_clear()
+    for launch in launches("cuda:90", head_dim, causal):
         check("cuda:90", launch, spills_allowed=False)
+    heuristics._known.cache_clear()
 
 
 @pytest.mark.parametrize("target", TARGETS)

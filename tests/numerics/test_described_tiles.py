@@ -9,8 +9,9 @@ from serving import run_directly, test_device
 
 from flash_attn_plus import selection
 from flash_attn_plus.backends import triton_descriptors
+from flash_attn_plus.device import Device
 from flash_attn_plus.testing import Case
-from flash_attn_plus.tuning import table
+from flash_attn_plus.tuning import heuristics, table
 from flash_attn_plus.tuning.config import TileConfig
 
 ON_CPU = test_device() == "cpu"
@@ -51,3 +52,20 @@ def test_tiles(name: str, device: str):
     case, is_split = (CASES | SPLIT)[name], name in SPLIT
     # The copy engine takes neither odd strides nor strides of 0.
     assert check(case, device, is_split) == (0 if case.layout in {"sliced", "expanded"} else 6)
+
+
+def test_long_plain_calls_of_16_bits_take_them_before_others(monkeypatch):
+    monkeypatch.setattr(heuristics, "_DESCRIPTOR_FAMILIES", frozenset({"cuda90"}))
+    heuristics._known.cache_clear()
+    hopper = Device("cuda90", 227 * 1024, 132)
+    plain = Case(batch=1, seqlen_q=2048, seqlen_k=2048, heads=8, heads_k=8, head_dim=128).problem(torch.bfloat16)
+    features = ("has_softcap", "has_alibi", "has_dropout", "has_block_mask", "is_varlen_q", "is_varlen_k")
+    others = [plain._replace(**{name: True}) for name in features]
+    others += [plain._replace(dtype=torch.float32), plain._replace(head_dim_v=64), plain._replace(seqlen_q=128)]
+    for kernel in (heuristics.forward, heuristics.dkdv, heuristics.dq):
+        first, *rest = kernel(plain, hopper)
+        assert first.by_descriptor
+        assert rest
+        assert not any(c.by_descriptor for p in others for c in (*rest, *kernel(p, hopper)))
+        assert not any(c.by_descriptor for c in kernel(plain, hopper._replace(family="cuda100")))
+    heuristics._known.cache_clear()

@@ -93,6 +93,8 @@ _BY_DESCRIPTOR: dict[str, dict[int, tuple[C, C]]] = {
     },
     "dq": {64: (C(64, 64, 4, 3), C(64, 64, 4, 3)), 128: (C(128, 64, 8, 3), C(128, 64, 8, 3))},
 }
+# Families that take them without being asked to by a table of the user's.
+_DESCRIPTOR_FAMILIES: frozenset[str] = frozenset()
 # Below so many rows the host's time for a launch decides, and descriptors cost some of it.
 _FEWEST_ROWS = 512
 # Families that share another's rows where a table has none of their own.
@@ -139,10 +141,8 @@ def takes_descriptors(p: AttentionProblem) -> bool:
 
 def _by_descriptor(kernel: str, p: AttentionProblem, device: Device) -> list[C]:
     rows = _BY_DESCRIPTOR[kernel].get(padded(p.head_dim), ())
-    is_measured = (
-        device.family == "cuda90" and p.head_dim == p.head_dim_v and min(p.seqlen_q, p.seqlen_k) >= _FEWEST_ROWS
-    )
-    if not rows or not is_measured or not takes_descriptors(p):
+    is_measured = p.head_dim == p.head_dim_v and min(p.seqlen_q, p.seqlen_k) >= _FEWEST_ROWS
+    if not rows or not is_measured or device.family not in _DESCRIPTOR_FAMILIES or not takes_descriptors(p):
         return []
     return [rows[p.left >= 0 or p.right >= 0]._replace(by_descriptor=True)]
 
