@@ -16,6 +16,7 @@ import torch
 
 from flash_attn_plus import device, ops, selection
 from flash_attn_plus.backends.triton_portable import is_interpreted
+from flash_attn_plus.cli.fused_samples import FusedSample
 from flash_attn_plus.cli.shapes import META, shapes_of
 from flash_attn_plus.errors import InvalidArgument
 from flash_attn_plus.testing import Case, Layout, arrange
@@ -56,12 +57,18 @@ class Sample(NamedTuple):
     is_deterministic: bool = False
     tiles: tuple[str, TileConfig] | None = None  # a kernel and the configuration to use instead of the chosen one
 
+    def place(self) -> tuple[str, str]:
+        """(form, where it is first needed), for people."""
+        case = self.case
+        form = "decode" if case.used is not None else "varlen" if case.lengths_q is not None else "dense"
+        return form, f"b={case.sequences} sq={case.seqlen_q} sk={case.seqlen_k}"
+
 
 class Job(NamedTuple):
     """One kernel to compile, and the sample whose launches it is one of."""
 
     target: Target
-    sample: Sample
+    sample: Sample | FusedSample
     kernel: str
     key: str
 
@@ -168,8 +175,11 @@ def only_compiling(target: Target, wants: Callable[[str, str], bool]) -> Iterato
         driver.set_active(driver_before)
 
 
-def launch(sample: Sample) -> None:
+def launch(sample: Sample | FusedSample) -> None:
     """Prepare and launch the sample's kernels, as a call with such tensors would."""
+    if isinstance(sample, FusedSample):
+        sample.launch()
+        return
     shapes = shapes_of(sample.case, sample.dtype)
     inputs, problem = shapes.inputs, shapes.problem(META, sample.is_backward, sample.is_deterministic)
     backend = selection.get(sample.backend)
@@ -207,17 +217,17 @@ def server(target: Target, case: Case, dtype: torch.dtype, is_backward: bool, is
     return first or next(iter(serving), None)
 
 
-def plan(target: Target, samples: Iterable[Sample]) -> list[Job]:
+def plan(target: Target, samples: Iterable[Sample | FusedSample]) -> list[Job]:
     """The distinct kernels that the samples launch; nothing is compiled."""
     check_compiler()
     jobs: dict[tuple[str, str], Job] = {}
-    current: list[Sample] = []
+    current: list[Sample | FusedSample] = []
 
     def note(kernel: str, key: str) -> bool:
         jobs.setdefault((kernel, key), Job(target, current[-1], kernel, key))
         return False
 
-    with only_compiling(target, note):
+    with only_compiling(target, note), as_if_present(target):
         for sample in samples:
             current.append(sample)
             forget_launches()
@@ -251,7 +261,7 @@ def compile_job(job: Job) -> Done:
     knobs.compilation.listener = listen
     try:
         forget_launches()
-        with only_compiling(job.target, wants):
+        with only_compiling(job.target, wants), as_if_present(job.target):
             launch(job.sample)
     except (RuntimeError, ValueError, TypeError, AssertionError, KeyError) as error:
         return Done(job, time.perf_counter() - start, False, f"{type(error).__name__}: {error}")

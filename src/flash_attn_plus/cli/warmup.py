@@ -4,6 +4,8 @@
 MODEL words: h hk d dv (heads and head dims), dtype=bf16|fp16|fp32, s=FIRST..LAST (lengths, 1..8192), b=FIRST..LAST
 (batches, 1..64), causal, window=L,R, softcap[=X], alibi, dropout[=P], varlen (packed batches), train (backward passes
 too), decode (one query a sequence on a cache of up to LAST keys), page=SIZE (of that cache), deterministic.
+Beside attention: rmsnorm=FEATURES, layernorm=FEATURES (with and without residual), vocab=CLASSES (cross-entropy),
+rotary.
 Set TRITON_CACHE_DIR, the same as for the program, to put the kernels into an image or onto a shared disk.
 """
 
@@ -14,7 +16,8 @@ from typing import Any
 
 import torch
 
-from flash_attn_plus.cli import ahead, output, words
+from flash_attn_plus.cli import ahead, fused_samples, output, words
+from flash_attn_plus.cli.fused_samples import FusedSample
 from flash_attn_plus.errors import InvalidArgument
 from flash_attn_plus.testing import Case
 
@@ -60,8 +63,8 @@ def cases(found: dict[str, Any]) -> Iterator[tuple[Case, bool]]:
                 yield cache._replace(page_size=found.get("page", 0)), False
 
 
-def samples(target: ahead.Target, found: dict[str, Any]) -> Iterator[ahead.Sample]:
-    """The passes to compile, each by the backend that will serve it; raises InvalidArgument when none does."""
+def samples(target: ahead.Target, found: dict[str, Any]) -> Iterator[ahead.Sample | FusedSample]:
+    """The passes to compile, attention by the backend that will serve it; raises InvalidArgument when none does."""
     dtype = found.get("dtype", torch.bfloat16)
     for case, train in cases(found):
         for is_backward in (False, True) if train else (False,):
@@ -71,6 +74,7 @@ def samples(target: ahead.Target, found: dict[str, Any]) -> Iterator[ahead.Sampl
                 problem = case.problem(dtype, target.where, is_backward)
                 raise InvalidArgument(f"none of our kernels serves this on {target.name}: {problem}")
             yield ahead.Sample(name, case, dtype, is_backward, is_deterministic=deterministic)
+    yield from fused_samples.samples(found, dtype)
 
 
 def target_of(arguments: argparse.Namespace) -> ahead.Target:
@@ -111,13 +115,8 @@ def _list(target: ahead.Target, jobs: list[ahead.Job], as_json: bool) -> int:
 
 
 def _row(job: ahead.Job) -> dict[str, str]:
-    case = job.sample.case
-    form = "decode" if case.used is not None else "varlen" if case.lengths_q is not None else "dense"
-    return {
-        "kernel": job.kernel,
-        "form": form,
-        "first needed at": f"b={case.sequences} sq={case.seqlen_q} sk={case.seqlen_k}",
-    }
+    form, place = job.sample.place()
+    return {"kernel": job.kernel, "form": form, "first needed at": place}
 
 
 def _report(target: ahead.Target, done: list[ahead.Done], seconds: float, as_json: bool) -> int:

@@ -118,6 +118,10 @@ MODEL_WORDS: dict[str, Reader] = _SHAPE | {
     "s": _read_range,
     "decode": _read_flag,
     "train": _read_flag,
+    "rmsnorm": read_count,
+    "layernorm": read_count,
+    "vocab": read_count,
+    "rotary": _read_flag,
 }
 
 

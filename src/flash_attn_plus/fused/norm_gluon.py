@@ -1,7 +1,5 @@
 """When the Gluon kernel serves the backward pass of a norm, and its launch."""
 
-from functools import cache
-
 from torch import Tensor
 
 from flash_attn_plus import device, selection
@@ -14,7 +12,6 @@ LONGEST, SHORTEST = 16384, 8193
 CONFIG = RowConfig(1, 4096, 8)
 
 
-@cache
 def _has_gluon() -> bool:
     return selection.get("gluon").unavailable() is None
 
@@ -27,9 +24,9 @@ def serves(dy: Tensor, t: Tensor, weight: Tensor, dt: Tensor | None, has_bias: b
     cols = t.shape[1]
     return (
         SHORTEST <= cols <= LONGEST and cols % 16 == 0
-        and device.probe(t.device).family == "cuda90" and _has_gluon() and selection.forced_backend() in (None, "gluon")
+        and device.probe(t.device).family == "cuda90" and selection.forced_backend() in (None, "gluon")
         and all(x.element_size() == 2 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0 for x in rows[:2] + rows[3:])
-        and weight.element_size() == 2 and weight.data_ptr() % 16 == 0
+        and weight.element_size() == 2 and weight.data_ptr() % 16 == 0 and _has_gluon()
     )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ _NOTHING: AbstractContextManager = nullcontext()
 
 def on_device(x: Tensor) -> AbstractContextManager:
     """Make x's device current: Triton launches on the current one."""
-    if x.device.type == "cpu":
+    if x.device.type in _CPU_LIKE:
         return _NOTHING
     module = torch.cuda if x.device.type == "cuda" else torch.get_device_module(x.device)
     if x.device.index is None or x.device.index == module.current_device():
