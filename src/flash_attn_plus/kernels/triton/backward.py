@@ -97,7 +97,8 @@ def _dkdv_tile(
     scores, steepness = score.modify(scores, rows[None, :], cols[:, None], band, rule, F)
     p = score.power(scores * score.multiplier(rule, F) - lse[None, :], F)
     if is_masked:
-        p = tl.where(block_lists.keep(rows[None, :], cols[:, None], band, walk, F), p, 0.0)
+        inside = block_lists.keep(rows[None, :], cols[:, None], band, walk, F, F.has_descriptors)
+        p = tl.where(inside, p, 0.0)
     if F.has_dropout:
         kept = tl.trans(dropout.keep_tile(drop, row0, col0, BLOCK_M, dk.shape[0]))
         dropped = tl.where(kept, p * drop.factor, 0.0)

@@ -14,7 +14,7 @@ def keep(rows, cols, band, F: tl.constexpr, BY_BOUNDS: tl.constexpr = True):
     BY_BOUNDS costs a register or two for each row, and saves all but a comparison or two for each score.
     """
     shift = band.len_k - band.len_q
-    if BY_BOUNDS:
+    if BY_BOUNDS and (F.has_left or F.has_right):
         end = tl.where(rows < band.len_q, band.len_k, 0)
         if F.has_right:
             end = tl.minimum(end, rows + (shift + band.right + 1))
