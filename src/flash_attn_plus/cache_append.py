@@ -27,7 +27,7 @@ def plan(c: CacheCall) -> Callable[[CacheCall, Tensor | None], Appended]:
     cache_seqlens + t; so does query t under a window or causal mask, while without one every query turns by that of
     cache_seqlens.
     """
-    return _TritonAppend() if uses_triton(c.q) else _append_torch
+    return _TritonAppend(c.q) if uses_triton(c.q) else _append_torch
 
 
 def _is_banded(c: CacheCall) -> bool:
@@ -93,12 +93,14 @@ def _append_torch(c: CacheCall, table: Tensor | None) -> Appended:
 class _TritonAppend:
     """The launch of calls that share shapes, strides and numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, q: Tensor):
+        from flash_attn_plus.backends import triton_replay
+
+        self._replaying = triton_replay
+        self._index = q.device.index if q.device.type == "cuda" else None
         self._replay: Callable[..., None] | None = None
 
     def __call__(self, c: CacheCall, table: Tensor | None) -> Appended:
-        from flash_attn_plus.backends import triton_replay
-
         assert c.cache_seqlens is not None
         turned = c.q if c.rotary_cos is None else torch.empty_like(c.q)
         used = torch.empty_like(c.cache_seqlens)
@@ -106,16 +108,16 @@ class _TritonAppend:
             c.k, c.v, c.k_cache, c.v_cache, c.q, turned, c.rotary_cos, c.rotary_sin, c.cache_seqlens, used, table,
             c.k_descale, c.v_descale,
         )  # fmt: skip
+        if self._replay is not None and self._index == torch.cuda.current_device() and self._replaying.may_replay():
+            addresses = self._replaying.addresses(tensors)
+            if not any(at & 15 for at in addresses[:8] if at):  # the rest may start anywhere
+                self._replay(*addresses)
+                return Appended(turned, used)
         with on_device(c.q):
-            may_replay = triton_replay.may_replay() and triton_replay.are_aligned(tensors)
-            if may_replay and self._replay is not None:
-                self._replay(*tensors)
-            else:
-                self._launch(c, tensors)
+            self._launch(c, tensors)
         return Appended(turned, used)
 
     def _launch(self, c: CacheCall, tensors: tuple) -> None:
-        from flash_attn_plus.backends import triton_replay
         from flash_attn_plus.backends.triton_decode import descale_strides
         from flash_attn_plus.kernels.triton.cache_append import cache_append_kernel
 
@@ -134,4 +136,4 @@ class _TritonAppend:
             table is not None, descale is not None,
         )  # fmt: skip
         compiled = cache_append_kernel[grid](*tensors, *tail, num_warps=4)
-        self._replay = triton_replay.record(compiled, grid, tail, tensors, q.device)
+        self._replay = self._replaying.record(compiled, grid, tail, tensors, q.device)

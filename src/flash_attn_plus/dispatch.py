@@ -22,6 +22,8 @@ def may_skip_dispatcher(*tensors: Tensor) -> bool:
         return False
     if _profiler._is_profiler_enabled:
         return False
-    if any(type(x) is not Tensor for x in tensors):
-        return False
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    is_recording = torch.is_grad_enabled()
+    for x in tensors:  # noqa: SIM110 - half the time of any()
+        if type(x) is not Tensor or (is_recording and x.requires_grad):
+            return False
+    return True

@@ -81,27 +81,32 @@ def attention_with_kvcache(
 
 def attend(c: CacheCall) -> tuple[Tensor, Tensor]:
     """(out, LSE) of a call whose numbers are resolved."""
+    if not torch.compiler.is_compiling() and may_skip_dispatcher(c.q, c.k_cache, c.v_cache):
+        return run(c)
     if torch.is_grad_enabled():
         with torch.no_grad():
             return attend(c)
-    if not torch.compiler.is_compiling() and may_skip_dispatcher(c.q, c.k_cache, c.v_cache):
-        return run(c)
     return torch.ops.flash_attn_plus.attend_cache(*c)
 
 
-def _inputs(c: CacheCall) -> AttentionInputs:
-    """The attention that follows an append, with the queries and lengths of before."""
-    batch, table, lengths = c.q.shape[0], c.block_table, c.cache_seqlens
-    keys, values = c.k_cache, c.v_cache
-    if table is None and c.cache_batch_idx is not None:
-        table = c.cache_batch_idx[:, None]  # a dense cache is a paged one with one page a sequence
-    if table is None and keys.shape[0] != batch:
-        keys, values = keys[:batch], values[:batch]
-    if table is not None and lengths is None:
-        lengths = torch.full((batch,), c.capacity, dtype=torch.int32, device=c.q.device)
+def _table(c: CacheCall) -> Tensor | None:
+    """The page table of a call: a dense cache of chosen rows is a paged one with one page a sequence."""
+    return c.block_table if c.cache_batch_idx is None else c.cache_batch_idx[:, None]
+
+
+def _inputs(c: CacheCall, q: Tensor, lengths: Tensor | None, table: Tensor | None) -> AttentionInputs:
+    """The attention of a call, with the given queries, lengths and page table."""
+    keys, values, pad = c.k_cache, c.v_cache, c.cache_leftpad
+    if table is None:
+        if keys.shape[0] != q.shape[0]:
+            keys, values = keys[: q.shape[0]], values[: q.shape[0]]
+    else:
+        pad = None  # it has no paged form
+        if lengths is None:
+            lengths = torch.full((q.shape[0],), c.capacity, dtype=torch.int32, device=q.device)
     return AttentionInputs(
-        c.q, keys, values, c.softmax_scale, c.softcap, 0.0, None, None, lengths,
-        c.cache_leftpad if table is None else None, table, c.alibi_slopes, None, c.k_descale, c.v_descale,
+        q, keys, values, c.softmax_scale, c.softcap, 0.0, None, None, lengths, pad, table, c.alibi_slopes, None,
+        c.k_descale, c.v_descale,
     )  # fmt: skip
 
 
@@ -114,28 +119,36 @@ class _Plan:
         is_wide = c.k_cache.dtype == c.q.dtype
         self._must_widen = not is_wide and not (uses_triton(c.q) and device.reads_e4m3(c.q.device))
         self._forward: Callable[..., None] | None = None
-        self._append = cache_append.plan(c)
+        self._append = cache_append.plan(c) if c.k is not None else None
+        self._is_recorded = not uses_triton(c.q)  # by autograd, which does not see what Triton's kernels do
         self._is_debug = env.debug()
         self._reads_lengths = c.k is not None and (self._is_debug or c.q.device.type == "cpu")
-        check_call(c, _inputs(c))
+        check_call(c, _inputs(c, c.q, c.cache_seqlens, _table(c)))
 
     def __call__(self, c: CacheCall) -> tuple[Tensor, Tensor]:
-        if self._reads_lengths:
-            check_values(c)
-        inputs = _inputs(c)
-        if c.k is not None:
-            q, lengths = self._append(c, inputs.block_table)
-            inputs = inputs._replace(q=q, seqused_k=lengths)
+        if self._is_recorded and torch.is_grad_enabled():
+            with torch.no_grad():
+                return self(c)
+        q, lengths, table = c.q, c.cache_seqlens, _table(c)
+        if self._append is not None:
+            if self._reads_lengths:
+                check_values(c)
+            q, lengths = self._append(c, table)
+        inputs = _inputs(c, q, lengths, table)
         if self._must_gather:
             keys, values = (x.index_select(0, c.cache_batch_idx) for x in (c.k_cache, c.v_cache))
             inputs = inputs._replace(k=keys, v=values, leftpad_k=c.cache_leftpad, block_table=None)
         if self._must_widen:
             inputs = _widened(inputs)
-        if self._forward is None:
-            self._forward = ops.plan_forward(inputs, c.left, c.right, c.num_splits)
         if self._is_debug:
             checks.check_values(inputs, c.q.shape[1], c.capacity)
-        out, lse = ops.allocate_outputs(inputs.q, inputs.v, False)
+        if self._forward is None:
+            self._forward = ops.plan_forward(inputs, c.left, c.right, c.num_splits)
+            out, lse = ops.allocate_outputs(inputs.q, inputs.v, False)
+            self._likes = tuple(x.new_empty(()).expand(x.shape) for x in (out, lse))
+        else:
+            like_out, like_lse = self._likes  # a third of the time of torch.empty
+            out, lse = torch.empty_like(like_out), torch.empty_like(like_lse)
         self._forward(inputs, out, lse)
         return out, lse
 
@@ -148,12 +161,13 @@ _TENSORS = CacheCall._fields.index("softmax_scale")  # the fields before it
 
 def run(c: CacheCall) -> tuple[Tensor, Tensor]:
     """What `attend` does, in eager mode and without gradients."""
+    q, k_cache, v_cache = c.q, c.k_cache, c.v_cache
     alignment = 0
-    if c.q.is_cuda or c.v_cache.dtype != c.q.dtype:
-        alignment = (c.q.data_ptr() | c.k_cache.data_ptr() | c.v_cache.data_ptr()) & 15
+    if q.is_cuda or v_cache.dtype != q.dtype:
+        alignment = (q.data_ptr() | k_cache.data_ptr() | v_cache.data_ptr()) & 15
     fields: tuple[Any, ...] = c
     tensors = [x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in fields[:_TENSORS]]
-    key = (*tensors, *fields[_TENSORS:], alignment, state())
+    key = (*tensors, fields[_TENSORS:], alignment, state())
     plan = _plans.get(key)
     if plan is None:
         plan = _Plan(c)
@@ -179,7 +193,7 @@ def _operator(*arguments) -> tuple[Tensor, Tensor]:
 
 def _operator_fake(*arguments) -> tuple[Tensor, Tensor]:
     c = CacheCall(*arguments)
-    check_call(c, _inputs(c))
+    check_call(c, _inputs(c, c.q, c.cache_seqlens, _table(c)))
     return ops.allocate_outputs(c.q, c.v_cache, False)
 
 

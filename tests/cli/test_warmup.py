@@ -36,7 +36,7 @@ def test_the_words_of_a_model_come_to_its_kernels():
     backward = {"attention_statistics_kernel", "attention_backward_dkdv_kernel", "attention_backward_dq_kernel"}
     assert kernels(plan("cuda:80", "d=64 s=512 train")) == {"attention_forward_kernel"} | backward
     assert len(plan("cuda:80", "d=64 s=512 varlen")) == 2
-    split = {"attention_split_kernel", "attention_combine_kernel"}
+    split = {"attention_split_kernel"}
     assert kernels(plan("cuda:80", "d=64 s=512 decode")) == {"attention_forward_kernel"} | split
     assert kernels(plan("cuda:80", "d=64 s=512 decode page=16")) == {"attention_forward_kernel"} | split
 

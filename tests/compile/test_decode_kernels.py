@@ -13,7 +13,7 @@ from flash_attn_plus.kernels.triton import decode as decode_kernels
 from flash_attn_plus.problem import AttentionInputs, describe
 
 E4M3 = torch.float8_e4m3fn
-DECODE = ("attention_split_kernel", "attention_combine_kernel")
+DECODE = ("attention_split_kernel",)
 
 
 def launches(target, queries=1, heads=32, heads_k=8, d=128, page=0, dtype=torch.bfloat16, cache_dtype=None):

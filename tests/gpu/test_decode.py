@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flash_attn_plus import attention_with_kvcache
+from flash_attn_plus.backends import triton_counters
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -78,3 +79,38 @@ def test_repeats_are_bitwise_equal():
     for _ in range(50):
         for x, y in zip(step(), first, strict=True):
             assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("are_used_up", [False, True], ids=["counters kept ready", "counters cleared by the graph"])
+def test_graphs_and_streams_at_the_same_time_do_not_meet(are_used_up, monkeypatch):
+    """Programs that share keys count each other; those of another launch must not."""
+    steps = [step_over(1024)[0], step_over(1024, 16)[0]]
+    eager = [step() for step in steps]
+    if are_used_up:
+        monkeypatch.setattr(triton_counters.of(eager[0][0].device), "_of_graphs", None)
+    graphs = [captured(step) for step in steps]
+    streams = [torch.cuda.Stream() for _ in graphs]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for (graph, _), step, stream in zip(graphs, steps, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+                results = step()
+    torch.cuda.synchronize()
+    for (_, replayed), expected in zip(graphs, eager, strict=True):
+        for x, y in zip(replayed, expected, strict=True):
+            assert torch.equal(x, y)
+    for x, y in zip(results, eager[-1], strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_a_sequence_does_not_see_the_batch_when_asked(cache_dtype, monkeypatch):
+    monkeypatch.setenv("FLASH_ATTENTION_BATCH_INVARIANT", "1")
+    q = torch.randn(300, 1, 8, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(300, 2048, 2, 128, device="cuda").to(cache_dtype) for _ in range(2))
+    lengths = torch.randint(0, 2049, (300,), device="cuda", dtype=torch.int32)
+    everyone = attention_with_kvcache(q, k, v, cache_seqlens=lengths)
+    for few in (slice(3, 4), slice(0, 100)):
+        some = attention_with_kvcache(q[few], k[few], v[few], cache_seqlens=lengths[few])
+        assert torch.equal(some, everyone[few])

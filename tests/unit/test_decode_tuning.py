@@ -21,18 +21,31 @@ def problem(batch=1, keys=8192, heads=32, heads_k=8, d=128, queries=1, **more):
 @pytest.mark.parametrize("queries", [1, 8, 16])
 def test_the_measured_row_comes_first(d, queries):
     rows = max(16, 4 * queries)
-    assert decode.configs(problem(d=d, queries=queries), H200)[0] == decode._MEASURED[d][rows]
+    assert decode.configs(problem(64, d=d, queries=queries), H200)[0] == decode._MEASURED[d][rows]
+
+
+def test_few_programs_of_many_rows_get_the_row_that_combines_them_soon():
+    assert decode.configs(problem(queries=8), H200)[0] == decode._SPLIT
+    assert decode.configs(problem(queries=8, is_batch_invariant=True), H200)[0] == decode._MEASURED[128][32]
 
 
 @pytest.mark.parametrize("queries", [1, 8, 16])
 def test_the_measured_row_for_8_bits_comes_first(queries):
-    p = problem(queries=queries, cache_dtype=torch.float8_e4m3fn)
-    assert decode.configs(p, H200)[0] == decode._MEASURED_8_BIT[max(16, 4 * queries)]
+    p = problem(64, queries=queries, cache_dtype=torch.float8_e4m3fn)
+    assert decode.configs(p, H200)[0] == decode._8_BIT[max(16, 4 * queries)]
 
 
-@pytest.mark.parametrize("page", [1, 16])
-def test_the_measured_row_for_small_pages_comes_first(page):
-    assert decode.configs(problem(page_size=page), H200)[0] in decode._MEASURED_SMALL_PAGES.values()
+def test_8_bits_in_few_programs_have_a_row_of_their_own():
+    p = problem(cache_dtype=torch.float8_e4m3fn)
+    assert decode.configs(p, H200)[0] == decode._8_BIT_ALONE
+    assert decode.configs(p._replace(page_size=16), H200)[0] == decode._8_BIT[16]
+    assert decode.configs(p._replace(is_batch_invariant=True), H200)[0] == decode._8_BIT[16]
+
+
+def test_the_measured_row_for_small_pages_comes_first():
+    assert decode.configs(problem(page_size=1), H200)[0] == decode._SMALL_PAGES
+    assert decode.configs(problem(64, page_size=16), H200)[0] == decode._SMALL_PAGES
+    assert decode.configs(problem(16, page_size=16), H200)[0] == decode._MEASURED[128][16]
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16, 64, 1000])
@@ -50,12 +63,16 @@ def test_a_larger_cache_shares_keys_out_alike(batch, is_batch_invariant):
     assert len(set(found)) == 1
 
 
-def test_the_batch_decides_nothing_where_it_must_not():
-    splits = {
-        decode.splits(p, H200, decode.configs(p, H200)[0])
-        for p in (problem(batch, is_batch_invariant=True) for batch in (1, 7, 64))
-    }
-    assert len(splits) == 1
+@pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn])
+@pytest.mark.parametrize("queries", [1, 8])
+@pytest.mark.parametrize("page", [0, 16])
+def test_the_batch_decides_nothing_where_it_must_not(cache_dtype, queries, page):
+    found = set()
+    for batch in (1, 7, 64, 1000):
+        p = problem(batch, queries=queries, page_size=page, cache_dtype=cache_dtype, is_batch_invariant=True)
+        config = decode.configs(p, H200)[0]
+        found.add((config, decode.splits(p, H200, config)))
+    assert len(found) == 1
 
 
 def test_a_number_that_is_asked_for_is_taken():

@@ -5,8 +5,8 @@ import triton
 from torch import Tensor
 
 from flash_attn_plus import device
+from flash_attn_plus.backends import triton_counters, triton_replay
 from flash_attn_plus.backends import triton_launch as launch
-from flash_attn_plus.backends import triton_replay
 from flash_attn_plus.backends.triton_replay import Replay
 from flash_attn_plus.kernels.triton import decode as kernels
 from flash_attn_plus.problem import AttentionInputs, AttentionProblem
@@ -16,13 +16,17 @@ from flash_attn_plus.tuning.decode import DecodeConfig
 
 
 class SplitPlan:
-    """The launches of decode calls that share shapes, strides and numbers."""
+    """The launch of decode calls that share shapes, strides and numbers."""
 
     def __init__(self, problem: AttentionProblem, inputs: AttentionInputs):
         self._problem = problem
         self._features = launch.features(problem, inputs)
         self._is_paired = _can_pair(problem, inputs.v)
+        self._arch = _arch(device.probe(problem.device))
         self._is_settled = False  # on a configuration that the device takes
+        self._index = problem.device.index
+        self._counters = triton_counters.of(problem.device)
+        self._replay: Replay | None = None
 
     def _use(self, c: DecodeConfig) -> None:
         p = self._problem
@@ -33,58 +37,59 @@ class SplitPlan:
         self._rows = power_of_two(rows) if self._tiles_m == 1 else c.block_m
         self._tiles = self._tiles_m * p.heads_k * p.batch
         self._grid = (self._tiles * self._splits.launched,)
-        self._split: Replay | None = None
-        self._combine: Replay | None = None
+        self._parts: Tensor | None = None  # without memory: a size for torch.empty_like, which is the faster
+        if self._splits.launched > 1 or c.shares > 1:
+            number = self._grid[0] * c.shares * self._rows * (p.head_dim_v + 1)
+            self._parts = torch.empty((), dtype=torch.float32, device=p.device).expand(number)
+        self._replay = None
 
     def __call__(self, x: AttentionInputs, out: Tensor, lse: Tensor) -> None:
-        """Launch on the current stream of the problem's device."""
-        with launch._on(self._problem.device):
+        """Launch on the current stream of the problem's device; q, k and v must be as aligned as at the first call."""
+        if self._replay is not None and self._index == torch.cuda.current_device() and triton_replay.may_replay():
             if self._problem.is_varlen_q:
                 out.zero_()  # rows behind the last sequence belong to no program
+            tensors = self._tensors(x, out, lse)  # held until the launch: memory of parts is nobody else's before it
+            self._replay(*triton_replay.addresses(tensors))
+            return
+        with launch._on(self._problem.device):
+            if self._problem.is_varlen_q:
+                out.zero_()
             if self._is_settled:
-                self._run(x, out, lse)
+                self._launch(x, out, lse)
                 return
             for c in tuning.configs(self._problem, device.probe(self._problem.device)):
                 self._use(c)
                 try:
-                    self._run(x, out, lse)
+                    self._launch(x, out, lse)
                     self._is_settled = True
                     return
                 except triton.runtime.errors.OutOfResources as error:
                     refusal = error
             raise refusal
 
-    def _run(self, x: AttentionInputs, out: Tensor, lse: Tensor) -> None:
-        p, parts, parts_lse = self._problem, None, None
-        if self._splits.launched > 1:
-            rows = self._grid[0] * self._rows
-            parts = torch.empty((rows, p.head_dim_v), dtype=torch.float32, device=p.device)
-            parts_lse = torch.empty(rows, dtype=torch.float32, device=p.device)
-        v = x.v.view(torch.int16) if self._is_paired else x.v
-        tensors = (
-            x.q, x.k, v, out, lse, x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_k, x.leftpad_k,
-            x.block_table, x.alibi_slopes, x.k_descale, x.v_descale, parts, parts_lse,
+    def _tensors(self, x: AttentionInputs, out: Tensor, lse: Tensor) -> tuple:
+        parts = counters = None
+        if self._parts is not None:
+            parts, counters = torch.empty_like(self._parts), self._counters.zeros(self._tiles)
+        return (
+            x.q, x.k, x.v, out, lse, x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_k, x.leftpad_k,
+            x.block_table, x.alibi_slopes, x.k_descale, x.v_descale, parts, counters,
         )  # fmt: skip
-        may_replay = triton_replay.may_replay() and triton_replay.are_aligned(tensors)
-        if may_replay and self._split is not None:
-            self._split(*tensors)
-        else:
-            self._launch_split(tensors, x, out, lse)
-        if parts is not None:
-            ends = (parts, parts_lse, out, lse, x.cu_seqlens_q)
-            if may_replay and self._combine is not None:
-                self._combine(*ends)
-            else:
-                self._launch_combine(ends)
 
     def _out_strides(self, out: Tensor, lse: Tensor) -> tuple[int, ...]:
         is_packed = self._problem.is_varlen_q
         return (*launch._row_strides(out, is_packed), *launch._statistic_strides(lse, is_packed))
 
-    def _launch_split(self, tensors: tuple, x: AttentionInputs, out: Tensor, lse: Tensor) -> None:
-        p, c, s = self._problem, self._config, self._splits
+    def _launch(self, x: AttentionInputs, out: Tensor, lse: Tensor) -> None:
+        p, c, s, tensors = self._problem, self._config, self._splits, self._tensors(x, out, lse)
         packed_k = p.is_varlen_k
+        if self._is_paired:
+            tensors = (*tensors[:2], x.v.view(torch.int16), *tensors[3:])
         is_whole = p.page_size == 0 or p.page_size % c.block_n == 0 or x.block_table.shape[1] == 1
+        width = padded(p.head_dim_v)
+        threads = 32 * c.num_warps
+        rows = min(self._rows, max(1, 16 * threads // width))  # so that a thread sums up at most 16 elements at a time
+        step = max(1, min(16, 64 * threads // (rows * width)))  # and has at most 64 on their way
         tail = (
             *launch._row_strides(x.q, p.is_varlen_q), *launch._row_strides(x.k, packed_k),
             *launch._row_strides(tensors[2], packed_k), *self._out_strides(out, lse),
@@ -92,24 +97,18 @@ class SplitPlan:
             *descale_strides(x.k_descale),
             p.seqlen_q, p.seqlen_k, p.heads, p.heads // p.heads_k, p.left, p.right, p.page_size,
             *launch._scalars(x)[:3], s.number, s.launched, self._tiles_m,
-            p.head_dim, p.head_dim_v, padded(p.head_dim), padded(p.head_dim_v), c.block_m, c.block_n, self._rows,
+            p.head_dim, p.head_dim_v, padded(p.head_dim), width, c.block_m, c.block_n, self._rows,
             s.least_tiles, s.launched > 1, 0 if is_whole else p.page_size, x.k_descale is not None,
-            self._features,
+            self._features, c.shares, rows, step, self._arch,
         )  # fmt: skip
         options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
         compiled = kernels.attention_split_kernel[self._grid](*tensors, *tail, **options)
-        self._split = triton_replay.record(compiled, self._grid, tail, tensors, p.device)
+        self._replay = triton_replay.record(compiled, self._grid, tail, tensors, p.device)
 
-    def _launch_combine(self, tensors: tuple) -> None:
-        p, s = self._problem, self._splits
-        grid = (self._tiles * self._rows,)
-        tail = (
-            *self._out_strides(tensors[2], tensors[3]), p.seqlen_q, p.heads, p.heads // p.heads_k, s.launched,
-            self._tiles_m, p.head_dim_v, padded(p.head_dim_v), self._config.block_m, self._rows,
-            power_of_two(s.number), self._features,
-        )  # fmt: skip
-        compiled = kernels.attention_combine_kernel[grid](*tensors, *tail, num_warps=4)
-        self._combine = triton_replay.record(compiled, grid, tail, tensors, p.device)
+
+def _arch(facts: device.Device) -> int:
+    """The compute capability of a device of NVIDIA, 90 for 9.0, or 0."""
+    return int(facts.family.removeprefix("cuda")) if facts.family.startswith("cuda") else 0
 
 
 def _can_pair(p: AttentionProblem, v: Tensor) -> bool:

@@ -22,18 +22,26 @@ class Replay:
     """One compiled kernel, its grid and the arguments behind its tensors."""
 
     def __init__(self, compiled: CompiledKernel, grid: tuple[int, ...], tail: tuple, device: torch.device):
-        self._run = compiled.run
-        self._function = compiled.function
-        self._packed = compiled.packed_metadata
+        run = compiled.run
+        between: tuple = ()
+        self._launch = run
+        if not (run.global_scratch_size or run.profile_scratch_size):  # then the wrapper has nothing to do
+            self._launch = run.launch
+            between = (run.launch_cooperative_grid, run.launch_pdl, None, None)
+        self._middle = (compiled.function, *between, compiled.packed_metadata, None, None, None)
         self._grid = (*grid, 1, 1)[:3]
         self._tail = tail
         self._device = device.index
 
-    def __call__(self, *tensors: Tensor | None) -> None:
-        """Launch on the current stream; every tensor must be as aligned as those it was compiled for."""
-        x, y, z = self._grid
+    def __call__(self, *tensors: Tensor | int | None) -> None:
+        """Launch on the current stream; every tensor, or address, must be as aligned as when it was compiled."""
         stream = torch._C._cuda_getCurrentRawStream(self._device)
-        self._run(x, y, z, stream, self._function, self._packed, None, None, None, *tensors, *self._tail)
+        self._launch(*self._grid, stream, *self._middle, *tensors, *self._tail)
+
+
+def addresses(tensors: tuple) -> list[int | None]:
+    """Where the tensors start: a launch takes these in half the time of tensors."""
+    return [x if x is None else x.data_ptr() for x in tensors]
 
 
 def are_aligned(tensors: tuple) -> bool:

@@ -22,6 +22,7 @@ class DecodeConfig(NamedTuple):
     num_warps: int
     num_stages: int
     per_processor: int  # programs that one processor holds at a time
+    shares: int = 1  # of a key tile: 1, or one for each warp, with a softmax of its own
 
 
 class Splits(NamedTuple):
@@ -33,15 +34,17 @@ class Splits(NamedTuple):
 
 
 _D = DecodeConfig
-# H200, largest head dim -> rows a tile -> fastest of a sweep over contexts of 8k to 128k and batches of 1 to 128.
+# H200, largest head dim -> rows a tile -> fastest of sweeps over contexts of 8k to 128k and batches of 1 to 128.
 _MEASURED: dict[int, dict[int, DecodeConfig]] = {
-    64: {16: _D(16, 256, 8, 3, 1), 32: _D(32, 128, 4, 3, 2), 64: _D(64, 128, 4, 3, 2)},
+    64: {16: _D(16, 256, 8, 3, 1), 32: _D(32, 128, 4, 3, 1, 4), 64: _D(64, 128, 4, 3, 2)},
     128: {16: _D(16, 128, 8, 3, 1), 32: _D(32, 128, 4, 3, 1), 64: _D(64, 64, 4, 3, 1)},
-    256: {16: _D(16, 64, 8, 3, 1), 32: _D(32, 32, 4, 3, 2), 64: _D(64, 32, 4, 3, 1)},
+    256: {16: _D(16, 64, 8, 3, 1), 32: _D(32, 64, 8, 3, 1), 64: _D(64, 32, 4, 3, 1)},
 }
-# Head dims up to 128, largest page size; addresses of single keys cost registers, and those of single-key pages loads.
-_MEASURED_SMALL_PAGES = {8: _D(16, 64, 8, 3, 2), 63: _D(16, 64, 4, 4, 2)}
-_MEASURED_8_BIT = {16: _D(16, 128, 4, 3, 3), 32: _D(32, 128, 4, 3, 2), 64: _D(64, 64, 4, 3, 1)}
+# Head dims up to 128. Addresses of single keys cost registers, and those of pages of a few keys cost loads.
+_SMALL_PAGES = _D(16, 64, 8, 3, 2)
+_8_BIT = {16: _D(16, 64, 4, 4, 2, 4), 32: _D(32, 128, 4, 3, 2), 64: _D(64, 64, 4, 3, 1)}
+_8_BIT_ALONE = _D(16, 128, 4, 5, 1, 4)  # for fewer programs than two a processor
+_SPLIT = _D(32, 128, 8, 3, 1)  # for keys in several splits: these warps combine 32 rows sooner
 
 
 def is_decode(p: AttentionProblem, device: Device) -> bool:
@@ -66,19 +69,34 @@ def configs(p: AttentionProblem, device: Device) -> list[DecodeConfig]:
     head_dim = max(p.head_dim, p.head_dim_v)
     found = []
     if device.family == "interpreter":
-        return [_D(rows, 32, 4, 1, 1)]
+        return [_D(rows, 32, 4, 1, 1, 2 if p.dtype.itemsize == 2 else 1)]
     if device.family == "cuda90" and p.dtype.itemsize == 2 and head_dim <= 256:
-        found.append(next(table[rows] for largest, table in _MEASURED.items() if head_dim <= largest))
-        if p.cache_dtype is not None and head_dim <= 128:
-            found.insert(0, _MEASURED_8_BIT[rows])
-        elif 0 < p.page_size < 64 and rows == 16 and head_dim <= 128:
-            found.insert(0, next(c for largest, c in _MEASURED_SMALL_PAGES.items() if p.page_size <= largest))
+        found = _measured(p, device, rows, head_dim)
     smaller = 16 if p.dtype.itemsize == 4 else rows
     for block_n, stages in ((64, 3), (32, 3), (32, 2), (16, 2), (16, 1)):
         if p.dtype.itemsize == 2 or block_n <= 32:
             found.append(_D(smaller, block_n, 4, stages, 2))
     fitting = [c for c in found if _bytes(p, c) * c.per_processor <= device.shared_memory]
     return fitting or found[-1:]
+
+
+def _measured(p: AttentionProblem, device: Device, rows: int, head_dim: int) -> list[DecodeConfig]:
+    """The measured configurations of a call with that many rows a tile, best first."""
+    found = [next(table[rows] for largest, table in _MEASURED.items() if head_dim <= largest)]
+    if head_dim > 128:
+        return found
+    programs, has_small_pages = p.batch * p.heads_k, 0 < p.page_size < 64
+    are_many = p.is_batch_invariant or programs >= 2 * device.processors
+    are_few = not p.is_batch_invariant and programs <= device.processors // 2
+    if p.cache_dtype is not None:
+        found.insert(0, _8_BIT[rows])
+        if rows == 16 and not are_many and not has_small_pages:
+            found.insert(0, _8_BIT_ALONE)
+    elif rows == 16 and has_small_pages and (are_many or p.page_size <= 8):
+        found.insert(0, _SMALL_PAGES)
+    elif rows == 32 and head_dim > 64 and are_few:
+        found.insert(0, _SPLIT)
+    return found
 
 
 def _bytes(p: AttentionProblem, c: DecodeConfig) -> int:

@@ -40,7 +40,8 @@ def _narrowed(x, descale_ptr, factor, kind: tl.constexpr, HAS_DESCALE: tl.conste
 
 
 @triton.jit(
-    do_not_specialize=["new", "len_q", "heads", "heads_k", "page_size", "capacity", "pages", "query_step"]
+    do_not_specialize=["new", "len_q", "heads", "heads_k", "page_size", "capacity", "pages", "query_step"],
+    do_not_specialize_on_alignment=["seqlens_ptr", "used_ptr", "table_ptr", "k_descale_ptr", "v_descale_ptr"],
 )  # fmt: skip
 def cache_append_kernel(
     k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, q_ptr, turned_ptr, cos_ptr, sin_ptr, seqlens_ptr, used_ptr, table_ptr,

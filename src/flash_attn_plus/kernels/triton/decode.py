@@ -1,27 +1,38 @@
 """Few queries against many keys: the keys of a sequence are split over programs, whose results are combined.
 
 The queries of all heads that share keys are the rows of one tile, so that keys and values are read once
-(Flash-Decoding, Dao et al. 2023, with grouped heads).
+(Flash-Decoding, Dao et al. 2023, with grouped heads). With as many SHARES of a tile's keys as a program has warps, each
+warp runs a softmax of its own over its share, and none waits for another before the end.
 """
 
 import triton
 import triton.language as tl
 
-from flash_attn_plus.kernels.triton import mask, score, sequence, softmax
+from flash_attn_plus.kernels.triton import mask, score, sequence, softmax, splits
 from flash_attn_plus.kernels.triton.call import Band, Rule
+
+
+@triton.jit
+def _base(ptr, batch, head, start, stride_batch, stride_head, stride_row, F: tl.constexpr):
+    """Where the keys of a sequence and head count from; for paged ones where those of every page do."""
+    if F.is_paged:
+        return ptr + head.to(tl.int64) * stride_head
+    else:
+        return sequence.base(ptr, batch, head, start, stride_batch, stride_head, stride_row)
 
 
 @triton.jit
 def _key_pointers(
     base, col0, cols, pages, page_size, stride_page, stride_row, dims, F: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Pointers of the keys [col0, col0 + BLOCK_N); `cols` counts from col0, `pages` are those of the keys.
 
     PAGE_SIZE is 0 where no tile spans two pages: then there is one page a tile.
     """
     if F.is_paged and PAGE_SIZE > 0:
-        slots = (col0 + cols) % PAGE_SIZE
-        return base + pages.to(tl.int64) * stride_page + slots.to(tl.int64) * stride_row + dims
+        slots = (cols if BLOCK_N % PAGE_SIZE == 0 else col0 + cols) % PAGE_SIZE
+        return (base + (slots.to(tl.int64) * stride_row + dims)) + pages.to(tl.int64) * stride_page
     else:
         if F.is_paged:
             base += pages.to(tl.int64) * stride_page
@@ -51,36 +62,69 @@ def _as_float16(q):
 
 
 @triton.jit
-def _unpacked(pairs):
-    """The two e4m3 numbers of each int16, over 256, as float16: their bits moved into place, subnormals included.
+def _unpacked(pairs, ARCH: tl.constexpr):
+    """The two e4m3 numbers of each int16 as float16.
 
-    Products want values turned by rows, which the hardware does for 16 bits at once, not for 8. NaN becomes 480.
+    Products want values turned by rows, which the hardware does for 16 bits at once, not for 8.
     """
-    low = ((pairs & 0x80) << 8) | ((pairs & 0x7F) << 7)
-    high = (pairs & -0x8000) | ((pairs & 0x7F00) >> 1)
-    return low.to(tl.float16, bitcast=True), high.to(tl.float16, bitcast=True)
+    if ARCH >= 89:  # one instruction sorts the bytes of two int16, one each makes two numbers of them
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 sorted; .reg .b16 low, high; prmt.b32 sorted, $2, $2, 0x3120; mov.b32 {low, high}, sorted;"
+            " cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high; }",
+            "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:  # bits moved into place make it 1 / 256 of the number, subnormals included; NaN becomes 480
+        low = ((pairs & 0x80) << 8) | ((pairs & 0x7F) << 7)
+        high = (pairs & -0x8000) | ((pairs & 0x7F00) >> 1)
+        return low.to(tl.float16, bitcast=True) * 256.0, high.to(tl.float16, bitcast=True) * 256.0
+
+
+@triton.jit
+def _columns(BLOCK_N: tl.constexpr, SHARES: tl.constexpr):
+    """0 to BLOCK_N - 1 along the last axis, and along the one before it; in front of both, the shares."""
+    if SHARES == 1:
+        span = tl.arange(0, BLOCK_N)
+    else:
+        span = tl.arange(0, SHARES)[:, None] * (BLOCK_N // SHARES) + tl.arange(0, BLOCK_N // SHARES)[None, :]
+    axis: tl.constexpr = len(span.shape)
+    return tl.expand_dims(span, axis - 1), tl.expand_dims(span, axis)
+
+
+@triton.jit
+def _zeros(BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, SHARES: tl.constexpr):
+    """What every share starts to sum up from."""
+    if SHARES == 1:
+        return tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    else:
+        return tl.zeros([SHARES, BLOCK_M, WIDTH], tl.float32)
 
 
 @triton.jit(
     do_not_specialize=[
-        "len_q", "len_k", "heads", "group", "left", "right", "page_size", "stride_lb", "stride_lh", "splits",
+        "len_q", "len_k", "heads", "group", "left", "right", "page_size", "stride_lb", "stride_lh", "most_splits",
         "launched", "tiles_m",
-    ]
+    ],
+    do_not_specialize_on_alignment=[
+        "cu_q_ptr", "cu_k_ptr", "used_k_ptr", "leftpad_ptr", "table_ptr", "slopes_ptr", "k_descale_ptr",
+        "v_descale_ptr",
+    ],
 )  # fmt: skip
 def attention_split_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, used_k_ptr, leftpad_ptr, table_ptr, slopes_ptr,
-    k_descale_ptr, v_descale_ptr, parts_ptr, parts_lse_ptr,
+    k_descale_ptr, v_descale_ptr, parts_ptr, counters_ptr,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_ob, stride_os, stride_oh, stride_lb, stride_lh,
     stride_table, stride_slopes, stride_descale_b, stride_descale_h,
-    len_q, len_k, heads, group, left, right, page_size, scale, sign, softcap, splits, launched, tiles_m,
+    len_q, len_k, heads, group, left, right, page_size, scale, sign, softcap, most_splits, launched, tiles_m,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, R: tl.constexpr, LEAST_TILES: tl.constexpr,
     IS_SPLIT: tl.constexpr, PAGE_SIZE: tl.constexpr, HAS_DESCALE: tl.constexpr, F: tl.constexpr,
+    SHARES: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """out and LSE of BLOCK_M rows, each a query of one of the heads that share keys, over one split of the keys.
 
-    With IS_SPLIT each program writes R rows of out and of LSE, in float32, for the combining kernel.
+    Programs that share keys, or shares that do, write R rows each as parts, in float32; the last program combines
+    them. ARCH is an NVIDIA GPU's compute capability, 90 for 9.0; 0 elsewhere.
     """
     tile_m = tl.program_id(0) % tiles_m
     rest = tl.program_id(0) // tiles_m
@@ -89,35 +133,35 @@ def attention_split_kernel(
     heads_k = heads // group
     batch, head_k = batch_head // heads_k, batch_head % heads_k
     q_start, len_q = sequence.query_span(cu_q_ptr, batch, len_q, F)
-    k_start, len_k = sequence.key_span(cu_k_ptr, used_k_ptr, leftpad_ptr, batch, len_k, F)
     packed = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # row = query * group + head within the group
     rows, head = packed // group, head_k * group + packed % group
+    dims = tl.arange(0, BLOCK_D)
+    q_base = q_ptr + batch.to(tl.int64) * stride_qb + q_start * stride_qs
+    q_ptrs = q_base + (rows.to(tl.int64) * stride_qs + head * stride_qh)[:, None] + dims[None, :]
+    # Before the keys' number is waited for, so that both are on their way at once.
+    q = tl.load(q_ptrs, mask=(rows < len_q)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    k_start, len_k = sequence.key_span(cu_k_ptr, used_k_ptr, leftpad_ptr, batch, len_k, F)
     row0 = tile_m * BLOCK_M // group
     if row0 >= len_q:
         return
-    is_row = rows < len_q
     band = Band(len_q, len_k, left, right)
     first, _full_first, _full_end, end = mask.key_tiles(row0, band, F, BLOCK_M, BLOCK_N)
-    chunk = tl.maximum(tl.cdiv(end - first, splits), LEAST_TILES)  # whatever the number of programs launched
+    chunk = tl.maximum(tl.cdiv(end - first, most_splits), LEAST_TILES)  # whatever the number of programs launched
+    number = tl.maximum(tl.cdiv(end - first, chunk), 1)  # of splits that have keys
+    if split >= number:
+        return
     low = first + split * chunk
     high = tl.minimum(low + chunk, end)
-    if IS_SPLIT and low >= end:
-        none = tl.full([R], float("inf"), tl.float32)
-        tl.store(parts_lse_ptr + tl.program_id(0).to(tl.int64) * R + tl.arange(0, R), none)
-        return
 
     IS_PAIRED: tl.constexpr = v_ptr.dtype.element_ty == tl.int16
     WIDTH_V: tl.constexpr = HEAD_DIM_V // 2 if IS_PAIRED else HEAD_DIM_V
     BLOCK_W: tl.constexpr = BLOCK_DV // 2 if IS_PAIRED else BLOCK_DV
-    dims, dims_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_W)
-    q_base = q_ptr + batch.to(tl.int64) * stride_qb + q_start * stride_qs
-    q_ptrs = q_base + (rows.to(tl.int64) * stride_qs + head * stride_qh)[:, None] + dims[None, :]
-    q = tl.load(q_ptrs, mask=is_row[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    dims_v = tl.arange(0, BLOCK_W)
     factor_v = 1.0
     if HAS_DESCALE:
-        at = batch.to(tl.int64) * stride_descale_b + head_k * stride_descale_h
-        scale *= tl.load(k_descale_ptr + at)
-        factor_v = tl.load(v_descale_ptr + at)
+        descale = batch.to(tl.int64) * stride_descale_b + head_k * stride_descale_h
+        scale *= tl.load(k_descale_ptr + descale)
+        factor_v = tl.load(v_descale_ptr + descale)
     slope = score.slope_of(slopes_ptr, batch, head, stride_slopes, F)
     if F.has_alibi:
         slope = slope[:, None]
@@ -126,105 +170,67 @@ def attention_split_kernel(
     IS_WIDENED: tl.constexpr = q_ptr.dtype.element_ty == tl.bfloat16 and k_ptr.dtype.element_ty != tl.bfloat16
     if IS_WIDENED:
         q, row_factor = _as_float16(q)
+    if SHARES > 1:
+        q = tl.broadcast_to(q[None, :, :], [SHARES, BLOCK_M, BLOCK_D])
     if F.is_paged:
         table_ptr += batch.to(tl.int64) * stride_table
-        k_base = k_ptr + head_k.to(tl.int64) * stride_kh
-        v_base = v_ptr + head_k.to(tl.int64) * stride_vh
-    else:
-        k_base = sequence.base(k_ptr, batch, head_k, k_start, stride_kb, stride_kh, stride_ks)
-        v_base = sequence.base(v_ptr, batch, head_k, k_start, stride_vb, stride_vh, stride_vs)
+    k_base = _base(k_ptr, batch, head_k, k_start, stride_kb, stride_kh, stride_ks, F)
+    v_base = _base(v_ptr, batch, head_k, k_start, stride_vb, stride_vh, stride_vs, F)
 
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
-    acc_odd = tl.zeros([BLOCK_M, BLOCK_W if IS_PAIRED else 1], tl.float32)
-    span = tl.arange(0, BLOCK_N)
+    acc = _zeros(BLOCK_M, BLOCK_W, SHARES)
+    acc_odd = _zeros(BLOCK_M, BLOCK_W if IS_PAIRED else 1, SHARES)
+    row_sum = tl.sum(acc_odd, len(acc_odd.shape) - 1)
+    row_max = row_sum - float("inf")
+    span_k, span_v = _columns(BLOCK_N, SHARES)
     oldest = 0
     if F.has_left:
         oldest = row0 + len_k - len_q - left
-    pages_k = _pages(table_ptr, low * BLOCK_N, span[None, :], page_size, band.len_k, F, PAGE_SIZE)
-    pages_v = _pages(table_ptr, low * BLOCK_N, span[:, None], page_size, band.len_k, F, PAGE_SIZE)
+    pages_k = _pages(table_ptr, low * BLOCK_N, span_k, page_size, band.len_k, F, PAGE_SIZE)
+    pages_v = _pages(table_ptr, low * BLOCK_N, span_v, page_size, band.len_k, F, PAGE_SIZE)
     for i in tl.range(low, high):
         col0 = i * BLOCK_N
-        cols = col0 + span
+        cols_k, cols_v = col0 + span_k, col0 + span_v
         k_ptrs = _key_pointers(
-            k_base, col0, span[None, :], pages_k, page_size, stride_kb, stride_ks, dims[:, None], F, PAGE_SIZE
+            k_base, col0, span_k, pages_k, page_size, stride_kb, stride_ks, dims[:, None], F, PAGE_SIZE, BLOCK_N
         )
         v_ptrs = _key_pointers(
-            v_base, col0, span[:, None], pages_v, page_size, stride_vb, stride_vs, dims_v[None, :], F, PAGE_SIZE
+            v_base, col0, span_v, pages_v, page_size, stride_vb, stride_vs, dims_v[None, :], F, PAGE_SIZE, BLOCK_N
         )
-        pages_k = _pages(table_ptr, col0 + BLOCK_N, span[None, :], page_size, band.len_k, F, PAGE_SIZE)
-        pages_v = _pages(table_ptr, col0 + BLOCK_N, span[:, None], page_size, band.len_k, F, PAGE_SIZE)
-        k = sequence.load(k_ptrs, cols[None, :], band.len_k, dims[:, None], HEAD_DIM, BLOCK_D, True)  # [D, N]
+        pages_k = _pages(table_ptr, col0 + BLOCK_N, span_k, page_size, band.len_k, F, PAGE_SIZE)
+        pages_v = _pages(table_ptr, col0 + BLOCK_N, span_v, page_size, band.len_k, F, PAGE_SIZE)
+        k = sequence.load(k_ptrs, cols_k, band.len_k, dims[:, None], HEAD_DIM, BLOCK_D, True)  # [D, N]
         scores = tl.dot(q, k.to(q.dtype), input_precision=F.precision)
         if IS_WIDENED:
             scores *= row_factor[:, None]
-        scores, _steepness = score.modify(scores, rows[:, None], cols[None, :], band, rule, F)
-        scores = tl.where(mask.keep(rows[:, None], cols[None, :], band, F), scores, float("-inf"))
+        scores, _steepness = score.modify(scores, rows[:, None], cols_k, band, rule, F)
+        scores = tl.where(mask.keep(rows[:, None], cols_k, band, F), scores, float("-inf"))
         weights, decay, row_max, row_sum = softmax.step(scores, score.multiplier(rule, F), row_max, row_sum, F)
-        is_read = ((cols >= oldest) & (cols < band.len_k))[:, None] & (dims_v < WIDTH_V)[None, :]
+        decay = tl.expand_dims(decay, len(decay.shape))
+        is_read = (cols_v >= oldest) & (cols_v < band.len_k) & (dims_v < WIDTH_V)[None, :]
         v = tl.load(v_ptrs, mask=is_read, other=0.0)  # [N, DV]; what the window has left behind may hold anything
         if IS_PAIRED:
-            v_even, v_odd = _unpacked(v)
-            acc = score.add_product(weights.to(q.dtype), v_even, acc * decay[:, None], F)
-            acc_odd = score.add_product(weights.to(q.dtype), v_odd, acc_odd * decay[:, None], F)
+            v_even, v_odd = _unpacked(v, ARCH)
+            acc = score.add_product(weights.to(q.dtype), v_even, acc * decay, F)
+            acc_odd = score.add_product(weights.to(q.dtype), v_odd, acc_odd * decay, F)
         else:
-            acc = score.add_product(weights.to(q.dtype), v.to(q.dtype), acc * decay[:, None], F)
+            acc = score.add_product(weights.to(q.dtype), v.to(q.dtype), acc * decay, F)
 
-    columns = tl.arange(0, BLOCK_DV)[None, :]
-    is_column = columns < HEAD_DIM_V
-    total = acc
     if IS_PAIRED:
-        total = tl.join(acc, acc_odd).reshape(BLOCK_M, BLOCK_DV) * 256.0
+        acc = tl.join(acc, acc_odd)
+        acc = acc.reshape([SHARES, BLOCK_M, BLOCK_DV] if SHARES > 1 else [BLOCK_M, BLOCK_DV])
     factor, lse = softmax.finish(row_max, row_sum, F)
-    out = total * (factor * factor_v)[:, None]
-    if IS_SPLIT:
-        part = tl.program_id(0).to(tl.int64) * R
-        local = tl.arange(0, BLOCK_M)
-        tl.store(parts_lse_ptr + part + local, lse, mask=local < R)
-        part_ptrs = parts_ptr + (part + local)[:, None] * HEAD_DIM_V + columns
-        tl.store(part_ptrs, out, mask=(local < R)[:, None] & is_column)
+    out = acc * tl.expand_dims(factor * factor_v, len(factor.shape))
+    rows_of = splits.Rows(tile_m * BLOCK_M, batch, q_start, len_q, head_k, group)
+    target = splits.Target(out_ptr, lse_ptr, stride_ob, stride_os, stride_oh, stride_lb, stride_lh)
+    if SHARES == 1 and (not IS_SPLIT or number == 1):
+        splits.store(out, lse, rows_of, target, HEAD_DIM_V)
     else:
-        out_base = out_ptr + batch.to(tl.int64) * stride_ob + q_start * stride_os
-        lse_base = lse_ptr + batch.to(tl.int64) * stride_lb + q_start
-        tl.store(lse_base + head * stride_lh + rows, lse, mask=is_row)
-        out_ptrs = out_base + (rows.to(tl.int64) * stride_os + head * stride_oh)[:, None] + columns
-        is_out = is_row[:, None] & is_column
-        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=is_out)
-
-
-@triton.jit(do_not_specialize=["len_q", "heads", "group", "stride_lb", "stride_lh", "launched", "tiles_m"])
-def attention_combine_kernel(
-    parts_ptr, parts_lse_ptr, out_ptr, lse_ptr, cu_q_ptr, stride_ob, stride_os, stride_oh, stride_lb, stride_lh,
-    len_q, heads, group, launched, tiles_m, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    R: tl.constexpr, BLOCK_S: tl.constexpr, F: tl.constexpr,
-):  # fmt: skip
-    """out and LSE of one row from those of its splits; an LSE of +inf marks a split without keys.
-
-    BLOCK_S does not depend on how many splits were launched: the order of the sums is that of a larger cache.
-    """
-    local, tile = tl.program_id(0) % R, tl.program_id(0) // R
-    tile_m, batch_head = tile % tiles_m, tile // tiles_m
-    heads_k = heads // group
-    batch, packed = batch_head // heads_k, tile_m * BLOCK_M + local
-    row, head = packed // group, batch_head % heads_k * group + packed % group
-    splits, dims = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_DV)
-    at = ((batch_head * launched + splits) * tiles_m + tile_m).to(tl.int64) * R + local
-    lses = tl.load(parts_lse_ptr + at, mask=splits < launched, other=float("inf"))
-    is_part = (splits < launched)[:, None] & (dims < HEAD_DIM_V)[None, :]
-    parts = tl.load(parts_ptr + at[:, None] * HEAD_DIM_V + dims[None, :], mask=is_part, other=0.0)
-    has_keys = lses != float("inf")
-    maximum = tl.max(tl.where(has_keys, lses, float("-inf")), 0)
-    pivot = tl.where(maximum == float("-inf"), 0.0, maximum)
-    weights = score.power(tl.where(has_keys, lses - pivot, float("-inf")) * score.unit(F), F)
-    total = tl.sum(weights, 0)
-    is_empty = total == 0.0
-    total = tl.where(is_empty, 1.0, total)
-    parts = tl.where(has_keys[:, None], parts, 0.0)  # a split without keys wrote none
-    out = tl.sum(parts * weights[:, None], 0) / total
-    lse = tl.where(is_empty, float("inf"), pivot + tl.log2(total) * softmax.LN2)
-    start, len_q = sequence.query_span(cu_q_ptr, batch, len_q, F)
-    if row < len_q:
-        tl.store(lse_ptr + batch.to(tl.int64) * stride_lb + head * stride_lh + start + row, lse)
-        out_ptr += batch.to(tl.int64) * stride_ob + (start + row) * stride_os + head * stride_oh
-        tl.store(out_ptr + dims, out.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM_V)
+        tile = batch_head * tiles_m + tile_m
+        begin = tile.to(tl.int64) * launched * (SHARES * R)
+        parts_lse_ptr = parts_ptr + tl.num_programs(0).to(tl.int64) * (SHARES * R * HEAD_DIM_V) + begin
+        parts_ptr += begin * HEAD_DIM_V
+        splits.store_parts(out, lse, parts_ptr, parts_lse_ptr, split, SHARES, R, HEAD_DIM_V)
+        if splits.is_last(counters_ptr + tile, number):
+            splits.combine(
+                parts_ptr, parts_lse_ptr, number * SHARES, rows_of, target, R, ROWS, STEP, HEAD_DIM_V, BLOCK_DV, F
+            )

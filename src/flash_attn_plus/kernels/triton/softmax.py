@@ -11,12 +11,13 @@ PARTS: tl.constexpr = tl.constexpr(8)  # columns that a group of threads holds i
 
 @triton.jit
 def step(scores, multiplier, row_max, row_sum, F: tl.constexpr):
-    """Fold one tile of scores in: (weights, decay of what was summed before, new row_max, new row_sum)."""
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * multiplier)
+    """Fold one tile of scores, keys last, in: (weights, decay of the sums before, new row_max, new row_sum)."""
+    axis: tl.constexpr = len(scores.shape) - 1
+    new_max = tl.maximum(row_max, tl.max(scores, axis) * multiplier)
     pivot = tl.where(new_max == float("-inf"), 0.0, new_max)  # no key seen yet: avoid inf - inf
-    weights = score.power(scores * multiplier - pivot[:, None], F)
+    weights = score.power(scores * multiplier - tl.expand_dims(pivot, axis), F)
     decay = score.power(row_max - pivot, F)
-    return weights, decay, new_max, row_sum * decay + tl.sum(weights, 1)
+    return weights, decay, new_max, row_sum * decay + tl.sum(weights, axis)
 
 
 @triton.jit
