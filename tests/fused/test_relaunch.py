@@ -94,6 +94,14 @@ def test_anything_else_binds_anew(launch, change):
     assert not usual["kernel"].compiled.runs
 
 
+def test_what_was_compiled_is_forgotten_in_time(launch):
+    kernel, x = Kernel(), aligned(64)
+    with mock.patch.object(triton_relaunch, "_compiled", {}) as known:
+        for i in range(triton_relaunch._MAX_COMPILED + 3):
+            launch(kernel, (1,), (x,), (), (i,), 4, GPU)
+        assert len(known) == 3
+
+
 def test_a_listener_hears_of_every_launch(launch):
     kernel, x = Kernel(), aligned(64)
     launch(kernel, (3,), (x,), (), (), 4, GPU)

@@ -16,8 +16,10 @@ from triton.compiler import CompiledKernel
 from flash_attn_plus.backends import triton_replay
 
 _MAX_INT32 = 2**31 - 1
-# The kernel is kept beside what it compiled to, so that its id stays its own.
+# The kernel is kept beside what it compiled to, so that its id stays its own. Emptied when full, which a stream of ever
+# new constants brings about.
 _compiled: dict[tuple, tuple[Any, CompiledKernel]] = {}
+_MAX_COMPILED = 4096
 
 
 def launch(
@@ -49,6 +51,8 @@ def launch(
     if known is None:
         compiled = kernel[grid](*tensors, *numbers, *constants, num_warps=num_warps)
         if isinstance(compiled, CompiledKernel):
+            if len(_compiled) >= _MAX_COMPILED:
+                _compiled.clear()
             _compiled[key] = kernel, compiled
         return
     compiled = known[1]

@@ -66,9 +66,10 @@ def _apply_triton(x, cos, sin, seqlen_offsets, cu_seqlens, is_interleaved, out, 
         tokens, heads, cos.shape[0], 0 if is_table_of_offsets else seqlen_offsets,
         num_sequences, num_sequences.bit_length(),
     )  # fmt: skip
-    batch_stride = (0,) if is_packed else ()
+    # Strides of a lone batch differ from length to length to no purpose.
+    batch_strides = (out.stride(0), x.stride(0)) if batch > 1 else (0, 0)
     constants = (
-        *batch_stride, *out.stride()[:-1], *batch_stride, *x.stride()[:-1],
+        batch_strides[0], *out.stride()[-3:-1], batch_strides[1], *x.stride()[-3:-1],
         half, rest, is_interleaved, is_conjugate, *block[:-1],
     )  # fmt: skip
     if is_traced:
