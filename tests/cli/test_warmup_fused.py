@@ -1,4 +1,4 @@
-"""`warmup` compiles the fused operations that a model names, as its calls will look them up."""
+"""`warmup` compiles the fused operations and masks of blocks that a model names, as its calls will look them up."""
 
 from contextlib import ExitStack
 from unittest import mock
@@ -8,9 +8,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from flash_attn_plus import device
+from flash_attn_plus import InvalidArgument, device, ops, selection
 from flash_attn_plus.backends.triton_portable import is_interpreted
-from flash_attn_plus.cli import ahead, fused_samples, words
+from flash_attn_plus.block_sparse import block_sparse_attention
+from flash_attn_plus.cli import ahead, fused_samples, warmup, words
 from flash_attn_plus.fused import cross_entropy as cross_entropies
 from flash_attn_plus.fused import norm as norms
 from flash_attn_plus.fused import rotary
@@ -91,3 +92,26 @@ def test_they_compile(monkeypatch, tmp_path):
     done = ahead.compile_all(jobs, 1, lambda _: None)
     assert [d.error for d in done] == [None] * len(jobs)
     assert len(list(tmp_path.rglob("*.cubin"))) == len(jobs)
+
+
+@pytest.mark.parametrize("lead", [(1, 1), (1, 4), (2, 1), (2, 4)], ids=str)
+def test_masks_of_blocks(lead):
+    where = ahead.known_target("cuda:90")
+    found_words = words.read("b=2 s=300 h=4 hk=2 d=64 causal blocks=64,128 train", words.MODEL_WORDS)
+    planned = {(job.kernel, job.key) for job in ahead.plan(where, warmup.samples(where, found_words))}
+    q, k, v = (leaf(2, 300, heads, 64) for heads in (4, 2, 2))
+    found = set()
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(ops, "choose", return_value=selection.get("triton")))
+        stack.enter_context(ahead.only_compiling(where, lambda *kernel: bool(found.add(kernel))))
+        stack.enter_context(device.assumed(CPU, where.facts))
+        ahead.forget_launches()
+        mask = torch.ones(*lead, 5, 3, dtype=torch.bool)
+        block_sparse_attention(q, k, v, mask, block_size=(64, 128), causal=True).float().sum().backward()
+    assert {kernel for kernel, _ in found} >= {"attention_lists_kernel", "attention_backward_dkdv_kernel"}
+    assert found <= planned
+
+
+def test_blocks_have_two_sizes():
+    with pytest.raises(InvalidArgument, match="blocks=128,128"):
+        words.read("blocks=64", words.MODEL_WORDS)

@@ -17,7 +17,7 @@ import torch
 from flash_attn_plus import device, ops, selection
 from flash_attn_plus.backends.triton_portable import is_interpreted
 from flash_attn_plus.cli.fused_samples import FusedSample
-from flash_attn_plus.cli.shapes import META, shapes_of
+from flash_attn_plus.cli.shapes import META, Shapes, shapes_of
 from flash_attn_plus.errors import InvalidArgument
 from flash_attn_plus.testing import Case, Layout, arrange
 from flash_attn_plus.tuning import table
@@ -56,11 +56,21 @@ class Sample(NamedTuple):
     layout: Layout = "contiguous"  # of the gradients
     is_deterministic: bool = False
     tiles: tuple[str, TileConfig] | None = None  # a kernel and the configuration to use instead of the chosen one
+    blocks: tuple[int, int] | None = None  # queries and keys of a block of a mask
+    mask_lead: tuple[int, int] = (1, 1)  # that mask's batch and heads
 
     def place(self) -> tuple[str, str]:
         """(form, where it is first needed), for people."""
         case = self.case
-        form = "decode" if case.used is not None else "varlen" if case.lengths_q is not None else "dense"
+        form = (
+            "blocks"
+            if self.blocks
+            else "decode"
+            if case.used is not None
+            else "varlen"
+            if case.lengths_q is not None
+            else "dense"
+        )
         return form, f"b={case.sequences} sq={case.seqlen_q} sk={case.seqlen_k}"
 
 
@@ -175,12 +185,21 @@ def only_compiling(target: Target, wants: Callable[[str, str], bool]) -> Iterato
         driver.set_active(driver_before)
 
 
+def _with_mask(shapes: Shapes, lead: tuple[int, int], blocks: tuple[int, int]) -> Shapes:
+    problem = shapes.problem()
+    counts = -(-problem.seqlen_q // blocks[0]), -(-problem.seqlen_k // blocks[1])
+    mask = torch.empty((*lead, *counts), dtype=torch.bool, device=META)
+    return shapes._replace(inputs=shapes.inputs._replace(block_mask=mask, block_size=blocks))
+
+
 def launch(sample: Sample | FusedSample) -> None:
     """Prepare and launch the sample's kernels, as a call with such tensors would."""
     if isinstance(sample, FusedSample):
         sample.launch()
         return
     shapes = shapes_of(sample.case, sample.dtype)
+    if sample.blocks:
+        shapes = _with_mask(shapes, sample.mask_lead, sample.blocks)
     inputs, problem = shapes.inputs, shapes.problem(META, sample.is_backward, sample.is_deterministic)
     backend = selection.get(sample.backend)
     out, lse = ops.allocate_outputs(inputs.q, inputs.v, problem.is_varlen_q)

@@ -5,7 +5,7 @@ MODEL words: h hk d dv (heads and head dims), dtype=bf16|fp16|fp32, s=FIRST..LAS
 (batches, 1..64), causal, window=L,R, softcap[=X], alibi, dropout[=P], varlen (packed batches), train (backward passes
 too), decode (one query a sequence on a cache of up to LAST keys), page=SIZE (of that cache), deterministic.
 Beside attention: rmsnorm=FEATURES, layernorm=FEATURES (with and without residual), vocab=CLASSES (cross-entropy),
-rotary.
+rotary; blocks=QUERIES,KEYS (attention under a mask of such blocks, for the very lengths of s).
 Set TRITON_CACHE_DIR, the same as for the program, to put the kernels into an image or onto a shared disk.
 """
 
@@ -74,7 +74,20 @@ def samples(target: ahead.Target, found: dict[str, Any]) -> Iterator[ahead.Sampl
                 problem = case.problem(dtype, target.where, is_backward)
                 raise InvalidArgument(f"none of our kernels serves this on {target.name}: {problem}")
             yield ahead.Sample(name, case, dtype, is_backward, is_deterministic=deterministic)
+    if "blocks" in found:
+        yield from _samples_under_masks(found, dtype)
     yield from fused_samples.samples(found, dtype)
+
+
+def _samples_under_masks(found: dict[str, Any], dtype: torch.dtype) -> Iterator[ahead.Sample]:
+    """Passes under a mask of blocks, which the portable kernels serve: one mask for all, one a head, one a sequence."""
+    for case, train in cases(found):
+        if case.used is not None:
+            continue
+        leads = sorted({(1, 1), (1, case.heads), (case.sequences, 1), (case.sequences, case.heads)})
+        for is_backward in (False, True) if train else (False,):
+            for lead in leads:
+                yield ahead.Sample("triton", case, dtype, is_backward, blocks=found["blocks"], mask_lead=lead)
 
 
 def target_of(arguments: argparse.Namespace) -> ahead.Target:

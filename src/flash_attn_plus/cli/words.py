@@ -85,6 +85,13 @@ def _read_window(word: str, text: str | None) -> tuple[int, int]:
     return left, right
 
 
+def _read_sizes(word: str, text: str | None) -> tuple[int, int]:
+    queries, comma, keys = (text or "").partition(",")
+    if not comma:
+        raise InvalidArgument(f"{word} needs queries and keys of a block, such as {word}=128,128, not {text!r}")
+    return read_count(word, queries), read_count(word, keys)
+
+
 def _number(default: float) -> Reader:
     def read(word: str, text: str | None) -> float:
         try:
@@ -118,6 +125,7 @@ MODEL_WORDS: dict[str, Reader] = _SHAPE | {
     "s": _read_range,
     "decode": _read_flag,
     "train": _read_flag,
+    "blocks": _read_sizes,
     "rmsnorm": read_count,
     "layernorm": read_count,
     "vocab": read_count,
