@@ -80,16 +80,19 @@ class SplitPlan:
         is_packed = self._problem.is_varlen_q
         return (*launch._row_strides(out, is_packed), *launch._statistic_strides(lse, is_packed))
 
+    def _combined_at_a_time(self, width: int) -> tuple[int, int]:
+        """(rows, parts) that the last program combines at a time, so that each thread's elements fit its registers."""
+        warps = self._config.num_warps
+        rows = min(self._rows, max(1, 16 * 32 * warps // width))
+        return rows, max(1, min(16, 10 * warps * 32 * warps // (rows * width)))
+
     def _launch(self, x: AttentionInputs, out: Tensor, lse: Tensor) -> None:
         p, c, s, tensors = self._problem, self._config, self._splits, self._tensors(x, out, lse)
         packed_k = p.is_varlen_k
         if self._is_paired:
             tensors = (*tensors[:2], x.v.view(torch.int16), *tensors[3:])
         is_whole = p.page_size == 0 or p.page_size % c.block_n == 0 or x.block_table.shape[1] == 1
-        width = padded(p.head_dim_v)
-        threads = 32 * c.num_warps
-        rows = min(self._rows, max(1, 16 * threads // width))  # so that a thread sums up at most 16 elements at a time
-        step = max(1, min(16, 64 * threads // (rows * width)))  # and has at most 64 on their way
+        rows, step = self._combined_at_a_time(padded(p.head_dim_v))
         tail = (
             *launch._row_strides(x.q, p.is_varlen_q), *launch._row_strides(x.k, packed_k),
             *launch._row_strides(tensors[2], packed_k), *self._out_strides(out, lse),
@@ -97,7 +100,7 @@ class SplitPlan:
             *descale_strides(x.k_descale),
             p.seqlen_q, p.seqlen_k, p.heads, p.heads // p.heads_k, p.left, p.right, p.page_size,
             *launch._scalars(x)[:3], s.number, s.launched, self._tiles_m,
-            p.head_dim, p.head_dim_v, padded(p.head_dim), width, c.block_m, c.block_n, self._rows,
+            p.head_dim, p.head_dim_v, padded(p.head_dim), padded(p.head_dim_v), c.block_m, c.block_n, self._rows,
             s.least_tiles, s.launched > 1, 0 if is_whole else p.page_size, x.k_descale is not None,
             self._features, c.shares, rows, step, self._arch,
         )  # fmt: skip
