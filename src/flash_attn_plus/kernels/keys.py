@@ -5,12 +5,21 @@ that had no key of its own yet when the kernel's was made, so keys depend on the
 kernels. Here every helper gets its key first, in one order.
 """
 
-from triton.runtime.jit import JITFunction
+from collections.abc import Iterator
+from typing import Any
+
+
+def _helpers(module: object) -> Iterator[Any]:
+    """What kernels call of a module: its functions, and the methods of its records."""
+    for name, value in vars(module).items():
+        if hasattr(type(value), "cache_key") and not name.endswith("_kernel"):
+            yield value
+        elif getattr(value, "__triton_aggregate__", False):
+            yield from (method for method in value.hash_attrs if hasattr(type(method), "cache_key"))
 
 
 def settle(*modules: object) -> None:
     """Make the keys of the modules' helpers; a module comes after those whose helpers it calls."""
     for module in modules:
-        for name, value in vars(module).items():
-            if isinstance(value, JITFunction) and not name.endswith("_kernel"):
-                value.cache_key  # noqa: B018 -- reading it makes it
+        for helper in _helpers(module):
+            helper.cache_key  # noqa: B018 -- reading it makes it

@@ -10,6 +10,7 @@ from flash_attn_plus.kernels.gluon import (
     band,
     forward,
     hopper,
+    norm,
     query_tiles,
     score,
     softmax,
@@ -17,4 +18,4 @@ from flash_attn_plus.kernels.gluon import (
 )
 
 keys.settle(hopper, band, tiles, softmax, score, query_tiles, forward, backward_ends, backward_work)
-keys.settle(backward, backward_wide, backward_dq)
+keys.settle(backward, backward_wide, backward_dq, norm)
