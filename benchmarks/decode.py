@@ -2,6 +2,7 @@
 
 bf16, random data, one query token unless told; the rate counts the bytes of keys and values that a step must read.
 The cache is cold: what the replay needs is flushed from the device's cache before each. No number for a wrong result.
+"reading alone" is a kernel that loads the same bytes once and does nothing with them: what the memory allows.
 """
 
 import argparse
@@ -10,6 +11,8 @@ import time
 from collections.abc import Callable
 
 import torch
+import triton
+import triton.language as tl
 from flash_attn import flash_attn_with_kvcache
 from torch.nn.attention import SDPBackend
 from triton.testing import do_bench
@@ -21,6 +24,14 @@ from flash_attn_plus.cli import providers
 CONTEXTS = ((1, 8192), (1, 131072), (16, 8192), (64, 8192), (128, 2048), (8, 65536))
 E4M3 = torch.float8_e4m3fn
 Step = Callable[[], torch.Tensor]
+
+
+@triton.jit
+def _reading_kernel(k_ptr, v_ptr, out_ptr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    largest = tl.max(tl.maximum(tl.load(k_ptr + at).to(tl.float32), tl.load(v_ptr + at).to(tl.float32)), 0)
+    if largest > 1e30:  # never; so that the loads are not left out
+        tl.store(out_ptr, largest)
 
 
 class Setup:
@@ -71,6 +82,11 @@ class Setup:
             None, 0, None, 0, None, 1, 0, None,
         )[0]  # fmt: skip
 
+    def reading(self) -> Step:
+        """A launch that reads the dense cache once."""
+        out, block = torch.empty(1, device="cuda"), 8192
+        return lambda: _reading_kernel[(self.k.numel() // block,)](self.k, self.v, out, block, num_warps=8)
+
     def reference(self) -> torch.Tensor:
         """A plain softmax in float32, sequence by sequence."""
         outs = []
@@ -110,6 +126,11 @@ def _hosted(step: Step) -> float:
     return best * 1e6
 
 
+def _add(record: Record, case: str, provider: str, setup: Setup, micro: float, item: int = 2) -> None:
+    record.add("decode", case, provider, "replay", micro, "us")
+    record.add("decode", case, provider, "read", 2 * setup.k.numel() * item / micro * 1e-6, "TB/s")
+
+
 def _measure(record: Record, case: str, provider: str, setup: Setup, step: Step, item: int = 2) -> None:
     try:
         out = step().reshape(setup.q.shape).float()
@@ -121,8 +142,7 @@ def _measure(record: Record, case: str, provider: str, setup: Setup, step: Step,
     except (RuntimeError, TypeError, AttributeError) as error:
         print(f"{case}: {provider} does not serve: {str(error)[:100]}", flush=True)
         return
-    record.add("decode", case, provider, "replay", micro, "us")
-    record.add("decode", case, provider, "read", 2 * setup.k.numel() * item / micro * 1e-6, "TB/s")
+    _add(record, case, provider, setup, micro, item)
 
 
 def contexts(record: Record) -> None:
@@ -134,6 +154,7 @@ def contexts(record: Record) -> None:
         _measure(record, case, "FA2 (SDPA)", setup, setup.sdpa(SDPBackend.FLASH_ATTENTION))
         if "FA3_SO" in os.environ:
             _measure(record, case, "FA3", setup, setup.fa3())
+        _add(record, case, "reading alone", setup, _replayed(setup.reading()))
 
 
 def layouts(record: Record) -> None:
