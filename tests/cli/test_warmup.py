@@ -10,9 +10,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from flash_attn_plus import InvalidArgument, device, ops, selection
+from flash_attn_plus import InvalidArgument, attention_with_kvcache, cache_append, device, ops, selection
 from flash_attn_plus.backends.triton_portable import is_interpreted
 from flash_attn_plus.cli import ahead, warmup, words
+from flash_attn_plus.cli.cache_samples import AppendSample
 from flash_attn_plus.cli.main import main
 from flash_attn_plus.testing import Case, make_inputs
 from flash_attn_plus.tuning.config import TileConfig
@@ -36,7 +37,7 @@ def test_the_words_of_a_model_come_to_its_kernels():
     backward = {"attention_statistics_kernel", "attention_backward_dkdv_kernel", "attention_backward_dq_kernel"}
     assert kernels(plan("cuda:80", "d=64 s=512 train")) == {"attention_forward_kernel"} | backward
     assert len(plan("cuda:80", "d=64 s=512 varlen")) == 2
-    split = {"attention_split_kernel"}
+    split = {"attention_split_kernel", "cache_append_kernel"}
     assert kernels(plan("cuda:80", "d=64 s=512 decode")) == {"attention_forward_kernel"} | split
     assert kernels(plan("cuda:80", "d=64 s=512 decode page=16")) == {"attention_forward_kernel"} | split
 
@@ -73,6 +74,22 @@ def test_shapes_without_contents_ask_for_the_kernels_that_real_tensors_ask_for(n
             grads = [torch.empty_like(x) for x in call.inputs[:3]]
             problem = call.problem(is_backward=True)
             backend.backward(problem, call.inputs, call.dout, out, lse, None, *grads, torch.empty_like(lse))
+    assert found == {(job.kernel, job.key) for job in planned}
+
+
+@pytest.mark.parametrize("is_rotary", [False, True])
+@pytest.mark.parametrize("name", ["decode", "paged"])
+def test_appends_ask_for_the_kernel_that_real_tensors_ask_for(name, is_rotary, monkeypatch):
+    case, target, found = LOOKED_UP[name]._replace(right=0), ahead.known_target("cuda:80"), set()
+    planned = ahead.plan(target, [AppendSample(case, torch.float16, is_rotary)])
+    x = make_inputs(case, torch.float16).inputs
+    new = torch.randn(2, 1, case.heads_k, 32, dtype=torch.float16)
+    angles = {"rotary_cos": torch.randn(48, 16).half(), "rotary_sin": torch.randn(48, 16).half()} if is_rotary else {}
+    table = None if x.block_table is None else x.block_table.int()
+    lengths = torch.tensor([3, 5], dtype=torch.int32)
+    monkeypatch.setattr(cache_append, "uses_triton", lambda _: True)
+    with ahead.only_compiling(target, lambda *kernel: bool(found.add(kernel))):
+        attention_with_kvcache(x.q, x.k, x.v, new, new, cache_seqlens=lengths, block_table=table, causal=True, **angles)
     assert found == {(job.kernel, job.key) for job in planned}
 
 

@@ -16,6 +16,7 @@ import torch
 
 from flash_attn_plus import device, ops, selection
 from flash_attn_plus.backends.triton_portable import is_interpreted
+from flash_attn_plus.cli.cache_samples import AppendSample
 from flash_attn_plus.cli.fused_samples import FusedSample
 from flash_attn_plus.cli.shapes import META, Shapes, shapes_of
 from flash_attn_plus.errors import InvalidArgument
@@ -74,11 +75,14 @@ class Sample(NamedTuple):
         return form, f"b={case.sequences} sq={case.seqlen_q} sk={case.seqlen_k}"
 
 
+AnySample = Sample | FusedSample | AppendSample
+
+
 class Job(NamedTuple):
     """One kernel to compile, and the sample whose launches it is one of."""
 
     target: Target
-    sample: Sample | FusedSample
+    sample: AnySample
     kernel: str
     key: str
 
@@ -192,9 +196,9 @@ def _with_mask(shapes: Shapes, lead: tuple[int, int], blocks: tuple[int, int]) -
     return shapes._replace(inputs=shapes.inputs._replace(block_mask=mask, block_size=blocks))
 
 
-def launch(sample: Sample | FusedSample) -> None:
+def launch(sample: AnySample) -> None:
     """Prepare and launch the sample's kernels, as a call with such tensors would."""
-    if isinstance(sample, FusedSample):
+    if not isinstance(sample, Sample):
         sample.launch()
         return
     shapes = shapes_of(sample.case, sample.dtype)
@@ -236,11 +240,11 @@ def server(target: Target, case: Case, dtype: torch.dtype, is_backward: bool, is
     return first or next(iter(serving), None)
 
 
-def plan(target: Target, samples: Iterable[Sample | FusedSample]) -> list[Job]:
+def plan(target: Target, samples: Iterable[AnySample]) -> list[Job]:
     """The distinct kernels that the samples launch; nothing is compiled."""
     check_compiler()
     jobs: dict[tuple[str, str], Job] = {}
-    current: list[Sample | FusedSample] = []
+    current: list[AnySample] = []
 
     def note(kernel: str, key: str) -> bool:
         jobs.setdefault((kernel, key), Job(target, current[-1], kernel, key))

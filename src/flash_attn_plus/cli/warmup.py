@@ -3,7 +3,7 @@
   flash-attn-plus warmup "h=32 hk=8 d=128 causal s=1..8192 decode train"
 MODEL words: h hk d dv (heads and head dims), dtype=bf16|fp16|fp32, s=FIRST..LAST (lengths, 1..8192), b=FIRST..LAST
 (batches, 1..64), causal, window=L,R, softcap[=X], alibi, dropout[=P], varlen (packed batches), train (backward passes
-too), decode (one query a sequence on a cache of up to LAST keys), page=SIZE (of that cache), deterministic.
+too), decode (one query a sequence on a cache of up to LAST keys, and appends to it), page=SIZE (of it), deterministic.
 Beside attention: rmsnorm=FEATURES, layernorm=FEATURES (with and without residual), vocab=CLASSES (cross-entropy),
 rotary; blocks=QUERIES,KEYS (attention under a mask of such blocks, for the very lengths of s).
 Set TRITON_CACHE_DIR, the same as for the program, to put the kernels into an image or onto a shared disk.
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from flash_attn_plus.cli import ahead, fused_samples, output, words
-from flash_attn_plus.cli.fused_samples import FusedSample
+from flash_attn_plus.cli.cache_samples import AppendSample
 from flash_attn_plus.errors import InvalidArgument
 from flash_attn_plus.testing import Case
 
@@ -63,7 +63,7 @@ def cases(found: dict[str, Any]) -> Iterator[tuple[Case, bool]]:
                 yield cache._replace(page_size=found.get("page", 0)), False
 
 
-def samples(target: ahead.Target, found: dict[str, Any]) -> Iterator[ahead.Sample | FusedSample]:
+def samples(target: ahead.Target, found: dict[str, Any]) -> Iterator[ahead.AnySample]:
     """The passes to compile, attention by the backend that will serve it; raises InvalidArgument when none does."""
     dtype = found.get("dtype", torch.bfloat16)
     for case, train in cases(found):
@@ -74,6 +74,9 @@ def samples(target: ahead.Target, found: dict[str, Any]) -> Iterator[ahead.Sampl
                 problem = case.problem(dtype, target.where, is_backward)
                 raise InvalidArgument(f"none of our kernels serves this on {target.name}: {problem}")
             yield ahead.Sample(name, case, dtype, is_backward, is_deterministic=deterministic)
+            if case.used is not None:
+                for is_rotary in (False, True) if found.get("rotary") else (False,):
+                    yield AppendSample(case, dtype, is_rotary)
     if "blocks" in found:
         yield from _samples_under_masks(found, dtype)
     yield from fused_samples.samples(found, dtype)
