@@ -87,7 +87,8 @@ def test_graphs_and_streams_at_the_same_time_do_not_meet(are_used_up, monkeypatc
     steps = [step_over(1024)[0], step_over(1024, 16)[0]]
     eager = [step() for step in steps]
     if are_used_up:
-        monkeypatch.setattr(triton_counters.of(eager[0][0].device), "_of_graphs", None)
+        none = torch.zeros(0, dtype=torch.int32, device="cuda")
+        monkeypatch.setattr(triton_counters.of(eager[0][0].device), "_of_graphs", none)
     graphs = [captured(step) for step in steps]
     streams = [torch.cuda.Stream() for _ in graphs]
     torch.cuda.synchronize()
