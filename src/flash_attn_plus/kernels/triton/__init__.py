@@ -17,7 +17,8 @@ from flash_attn_plus.kernels.triton import (
     score,
     sequence,
     softmax,
+    splits,
 )
 
-keys.settle(dropout, mask, score, sequence, softmax, block_lists, forward, backward, decode)
+keys.settle(dropout, mask, score, sequence, softmax, block_lists, forward, backward, splits, decode)
 keys.settle(norm, norm_long, activation, cross_entropy, rotary, cache_append)
