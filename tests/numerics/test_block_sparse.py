@@ -87,7 +87,8 @@ def test_band_beside_the_blocks_that_it_meets(backend, case, dtype, device, bloc
         results = run_engine(_masked(call, block_size, _visible(case, *block_size)), with_gradients=True)
         plain = run_engine(call, with_gradients=True)
     assert_matches_reference(call, results)
-    if backend == "triton" and block_size == (128, 128):  # the same tiles in the same order
+    # The same tiles in the same order; plain calls in 16 bits may have others.
+    if backend == "triton" and block_size == (128, 128) and dtype == torch.float32:
         assert all(torch.equal(results[name], plain[name]) for name in plain)
 
 

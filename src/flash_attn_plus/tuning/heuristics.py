@@ -94,7 +94,7 @@ _BY_DESCRIPTOR: dict[str, dict[int, tuple[C, C]]] = {
     "dq": {64: (C(64, 64, 4, 3), C(64, 64, 4, 3)), 128: (C(128, 64, 8, 3), C(128, 64, 8, 3))},
 }
 # Families that take them without being asked to by a table of the user's.
-_DESCRIPTOR_FAMILIES: frozenset[str] = frozenset()
+_DESCRIPTOR_FAMILIES = frozenset({"cuda90"})
 # Below so many rows the host's time for a launch decides, and descriptors cost some of it.
 _FEWEST_ROWS = 512
 # Families that share another's rows where a table has none of their own.
