@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from flash_attn_plus import device, env
+from flash_attn_plus.backends import triton_portable
 from flash_attn_plus.backends.triton_portable import interpreter_lacks, is_interpreted
 from flash_attn_plus.cli import output, tune
 from flash_attn_plus.cli.main import main
@@ -156,5 +157,6 @@ def test_without_an_accelerator_there_is_nothing_to_search(capsys):
 )
 def test_mistakes_get_a_sentence(arguments, why, capsys, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton_portable, "interpreter_lacks", lambda: None)
     assert main(["tune", "--device", "cpu", *arguments]) == 2
     assert why in capsys.readouterr().err

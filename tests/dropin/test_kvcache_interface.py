@@ -52,11 +52,11 @@ def test_result_without_lse_is_a_tensor(device):
 
 
 @pytest.mark.parametrize("splits", [1, 5, 128])
-def test_num_splits_does_not_change_the_result(splits, device):
+def test_num_splits_changes_rounding_at_most(splits, device):
     call = make_inputs(CASES["causal"], torch.float32, device)
     args = {"cache_seqlens": call.inputs.seqused_k, "causal": True}
     expected = flash_attn_with_kvcache(*call.inputs[:3], **args)
-    assert torch.equal(flash_attn_with_kvcache(*call.inputs[:3], **args, num_splits=splits), expected)
+    torch.testing.assert_close(flash_attn_with_kvcache(*call.inputs[:3], **args, num_splits=splits), expected)
 
 
 class Append:
