@@ -15,16 +15,18 @@ MARKS = {
     "matrix": ("<!-- matrix: written by `make readme`; do not edit -->", "<!-- end of matrix -->"),
     "results": ("<!-- results: written by `make readme`; do not edit -->", "<!-- end of results -->"),
 }
+SUITE, PROVIDERS, LENGTHS = "hopper", ("gluon", "cuDNN (SDPA)", "FA2 (SDPA)"), ("s2048", "s8192")
 MEASURED = {"en": "Measured on {}.", "zh": "测量环境：{}。"}  # noqa: RUF001 - Chinese punctuation
 
 
 def benchmarks(files: list[results.Results], language: str) -> list[str]:
     """Attention, forward and backward in one table, and where it was measured; nothing when it was not."""
     try:
-        shown = results.find("attention", "forward", files)
+        shown = results.find(SUITE, "forward", files)
     except KeyError:
         return []
-    table = results.table(shown, "attention", ["forward", "backward"])
+    rows = [row for row in shown.rows if row.provider in PROVIDERS and row.case.endswith(LENGTHS)]
+    table = results.table(shown._replace(rows=rows), SUITE, ["forward", "backward"])
     return [*table, "", MEASURED[language].format(shown.origin())]
 
 

@@ -32,10 +32,22 @@ def test_a_table_has_a_line_a_case_and_a_column_a_provider(files):
     ]
 
 
-def test_two_metrics_share_the_cells_of_the_readme(files):
-    assert readme_tables.benchmarks(files, "en")[2:] == [
-        "| 4k | 612 / 1,234 | 0.5 / - |",
-        "| 8k | - / - | - / - |",
+def test_two_metrics_share_the_cells_of_the_readme(tmp_path):
+    row = {**ROW, "suite": "hopper", "provider": "gluon", "value": 612.3}
+    rows = [
+        {**row, "case": "d64 s2048"},
+        {**row, "case": "d64 s8192"},
+        {**row, "case": "d64 s8192", "provider": "FA2 (SDPA)", "value": 0.5},
+        {**row, "case": "d64 s8192", "metric": "backward", "value": 1234.5},
+        {**row, "case": "d64 s512"},
+        {**row, "case": "d64 s8192", "provider": "gluon, another way"},
+    ]
+    (tmp_path / "gpu.json").write_text(json.dumps({**FILE, "rows": rows}), encoding="utf-8")
+    assert readme_tables.benchmarks(results.load(tmp_path), "en") == [
+        "| hopper, forward / backward (TFLOP/s) | gluon | FA2 (SDPA) |",
+        "| --- | --: | --: |",
+        "| d64 s2048 | 612 / - | - / - |",
+        "| d64 s8192 | 612 / 1,234 | 0.5 / - |",
         "",
         "Measured on some GPU (torch 2.13.0), `benchmarks/results/gpu.json`.",
     ]

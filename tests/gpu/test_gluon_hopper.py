@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 import torch
-from cases import cache, dense, varlen
+from cases import cache, crossed, dense, varlen
 from torch import Tensor
 
 from flash_attn_plus.backends.gluon_hopper import GluonHopper
@@ -17,7 +17,7 @@ from flash_attn_plus.testing import Case, arrange, assert_matches_reference, mak
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
 )
-CASES = dense("large") | varlen("large") | cache("large")
+CASES = dense("large") | varlen("large") | cache("large") | crossed("large")
 NAMES = [
     name
     for name, case in CASES.items()
