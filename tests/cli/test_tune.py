@@ -121,6 +121,7 @@ def test_candidates_fit_the_device_and_hold_the_built_in_choice_first(kernel, he
     assert len(found) > 4
     size = getattr(heuristics, f"{kernel}_bytes")
     assert all(size(p, c) <= HOPPER.shared_memory for c in found)
+    assert {c.by_descriptor for c in found} == {False, found[0].by_descriptor}
 
 
 def test_a_table_is_extended_and_its_old_choices_replaced(tmp_path):

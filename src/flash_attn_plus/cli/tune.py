@@ -91,7 +91,8 @@ def candidates(kernel: str, p, facts: device.Device) -> list[TileConfig]:
     else:
         grid = product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
     is_split = kernel == "dkdv" and chosen.is_split
-    every = (TileConfig(*sizes, is_split=is_split) for sizes in grid)
+    ways = (False, True) if chosen.by_descriptor else (False,)
+    every = (TileConfig(*sizes, is_split=is_split, by_descriptor=way) for sizes, way in product(grid, ways))
     fitting = [c for c in every if c != chosen and _SIZES[kernel](p, c) <= facts.shared_memory]
     return [chosen, *fitting]
 
@@ -215,8 +216,8 @@ def search(task: Task, where: torch.device, facts: device.Device, progress: outp
 
 
 def shown(c: TileConfig) -> str:
-    """A configuration in short: queries x keys of a tile, warps, stages."""
-    return f"{c.block_m}x{c.block_n} w{c.num_warps} s{c.num_stages}"
+    """A configuration in short: queries x keys of a tile, warps, stages, and whether tiles come by descriptors."""
+    return f"{c.block_m}x{c.block_n} w{c.num_warps} s{c.num_stages}{' descriptors' if c.by_descriptor else ''}"
 
 
 def compile_ahead(work: list[Task], where: torch.device, facts: device.Device, processes: int) -> None:
