@@ -19,7 +19,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flash_attn_plus.kernels.gluon.backward_work import DQ_FULL, SIDE, Shared, Work, dq_writer, producer
-from flash_attn_plus.kernels.gluon.hopper import named_arrive, named_sync, new_barriers, new_ring, store_tile
+from flash_attn_plus.kernels.gluon.hopper import (
+    named_arrive,
+    named_sync,
+    new_barriers,
+    new_ring,
+    reinterpret,
+    store_tile,
+    thread_barrier,
+)
 from flash_attn_plus.kernels.gluon.score import Rule
 from flash_attn_plus.kernels.gluon.tiles import new_mailbox
 
@@ -107,7 +115,7 @@ def _consumer(dk_desc, dv_desc, shared, work, rule, scale, WG: gl.constexpr, HAS
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     kv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, BLOCK_D], dtype)
-    out = shared.dq_tiles.index(WG)._reinterpret(dtype, [KEYS, BLOCK_D], out_layout)
+    out = reinterpret(shared.dq_tiles.index(WG), dtype, [KEYS, BLOCK_D], out_layout)
     done = 0  # tiles of keys
     n = 0  # tiles of queries
     t = work.receive(shared.mailbox, 0)
@@ -141,7 +149,7 @@ def _consumer(dk_desc, dv_desc, shared, work, rule, scale, WG: gl.constexpr, HAS
         fence_async_shared()
         store_tile(dv_desc, t.batch, t.k_start, t.band.len_k, t.head_k, t.col0 + WG * KEYS, out)
         tma.store_wait(0)
-        gl.thread_barrier()
+        thread_barrier()
         out.store((dk * scale).to(dtype))
         fence_async_shared()
         store_tile(dk_desc, t.batch, t.k_start, t.band.len_k, t.head_k, t.col0 + WG * KEYS, out)
@@ -149,7 +157,7 @@ def _consumer(dk_desc, dv_desc, shared, work, rule, scale, WG: gl.constexpr, HAS
         done += 1
         t = work.receive(shared.mailbox, done)
         tma.store_wait(0)
-        gl.thread_barrier()
+        thread_barrier()
 
 
 @gluon.jit(

@@ -9,7 +9,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma, warpgroup_mma_wait
 
 from flash_attn_plus.kernels.gluon.backward_work import Work, producer
-from flash_attn_plus.kernels.gluon.hopper import Ring, named_arrive, named_sync, new_ring, record, store_tile
+from flash_attn_plus.kernels.gluon.hopper import (
+    Ring,
+    named_arrive,
+    named_sync,
+    new_ring,
+    record,
+    reinterpret,
+    store_tile,
+    thread_barrier,
+)
 from flash_attn_plus.kernels.gluon.score import Rule
 from flash_attn_plus.kernels.gluon.tiles import Mailbox, new_mailbox
 
@@ -44,7 +53,7 @@ def _dv_consumer(dv_desc, shared, work, rule, HAS_MASK: gl.constexpr):
     p_layout: gl.constexpr = gl.DotOperandLayout(0, kv_layout, 2)
     out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, BLOCK_D], dtype)
     no_scores = gl.zeros([KEYS, BLOCK_M], gl.float32, s_layout)
-    out = shared.p_tiles._reinterpret(dtype, [KEYS, BLOCK_D], out_layout)
+    out = reinterpret(shared.p_tiles, dtype, [KEYS, BLOCK_D], out_layout)
     k = shared.keys.tiles.index(0)
     done = 0  # tiles of keys
     n = 0  # tiles of queries
@@ -100,7 +109,7 @@ def _dv_consumer(dv_desc, shared, work, rule, HAS_MASK: gl.constexpr):
         done += 1
         t = work.receive(shared.mailbox, done)
         tma.store_wait(0)
-        gl.thread_barrier()
+        thread_barrier()
 
 
 @gluon.jit
@@ -148,7 +157,7 @@ def _dk_consumer(dk_desc, shared, work, scale):
         store_tile(dk_desc, t.batch, t.k_start, t.band.len_k, t.head_k, t.col0, out)
         shared.mailbox.release(done)
         tma.store_wait(0)
-        gl.thread_barrier()
+        thread_barrier()
         shared.keys.release(done)
         done += 1
         t = work.receive(shared.mailbox, done)

@@ -28,6 +28,14 @@ def _reduce_out(desc, coordinates, tile, _semantic=None):
 
 
 add_out = getattr(tma, "async_atomic_add", None) or _reduce_out
+thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+
+
+@builtin
+def reinterpret(tile, dtype, shape, layout, _semantic=None):
+    """The memory of a tile as one of another dtype, shape and layout."""
+    method = getattr(tile, "reinterpret", None) or tile._reinterpret
+    return method(dtype, shape, layout, _semantic=_semantic)
 
 
 def record(cls: type) -> type:
