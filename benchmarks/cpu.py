@@ -25,7 +25,7 @@ from torch import Tensor
 import flash_attn_plus
 from flash_attn_plus import attention, use_backend
 
-RESULTS = Path(__file__).parent / "results" / "cpu.json"
+RESULTS = Path(__file__).parent / "results"
 SECONDS = 30.0
 TURNS = (5, 200)
 KNOWN_TO = 0.01
@@ -165,15 +165,17 @@ def main(names: list[str]) -> None:
             print("{name:<42} ours {ours_ms:>9.2f} ms   SDPA {sdpa_ms:>9.2f} ms   ratio {ratio:.3f}".format(**rows[-1]))
             sys.stdout.flush()
     if not names:
+        threads = torch.get_num_threads()
         machine = {
             "device": processor(), "capability": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(), "clock": clock_name(), "load_average": round(os.getloadavg()[0], 1),
+            "threads": threads, "clock": clock_name(), "load_average": round(os.getloadavg()[0], 1),
             "torch": torch.__version__, "python": platform.python_version(),
             "flash_attn_plus": flash_attn_plus.__version__,
-            "command": f"OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/cpu.py",
+            "command": f"OMP_NUM_THREADS={threads} python benchmarks/cpu.py",
         }  # fmt: skip
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(machine | {"rows": rows}, indent=1) + "\n")
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        name = "cpu" if threads == 1 else f"cpu-{threads}-threads"
+        (RESULTS / f"{name}.json").write_text(json.dumps(machine | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -51,8 +51,10 @@ class Results(NamedTuple):
 def _rows(content: dict[str, Any]) -> list[Row]:
     if content["rows"] and "ours_ms" in content["rows"][0]:  # benchmarks/cpu.py: two sides measured in turns
         sides = (("flash_attn_plus", "ours_ms"), ("SDPA", "sdpa_ms"))
+        threads = content.get("threads", 1)
+        suite = "cpu" if threads == 1 else f"cpu, {threads} threads"
         return [
-            Row("cpu", row["name"].replace("_", " "), provider, "time", row[key], "ms")
+            Row(suite, row["name"].replace("_", " "), provider, "time", row[key], "ms")
             for row in content["rows"]
             for provider, key in sides
         ]

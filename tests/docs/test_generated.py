@@ -80,6 +80,13 @@ def test_the_two_sides_of_the_cpu_benchmark_are_rows(tmp_path):
     assert found.versions == {"torch": "2.13"}
 
 
+def test_threads_make_suites_of_their_own(tmp_path):
+    row = {"name": "forward_causal_1024", "ours_ms": 2.0, "sdpa_ms": 4.0}
+    content = {"device": "a CPU", "torch": "2.13", "threads": 2, "rows": [row]}
+    (tmp_path / "cpu-2-threads.json").write_text(json.dumps(content))
+    assert results.value("cpu, 2 threads", "forward causal 1024", "SDPA", "time", results.load(tmp_path)) == (4.0, "ms")
+
+
 @pytest.mark.parametrize("path", documents.PAGES, ids=documents.name_of)
 def test_every_mark_of_every_page_has_its_number(path):
     page = docs_hooks.filled(path.read_text(encoding="utf-8"), results.load())
