@@ -74,6 +74,8 @@ def test_other_grids_tensors_and_numbers_need_no_binding(launch):
         {"tensors": (aligned(64), aligned(64))},
         {"tensors": (aligned(64)[1:], None)},
         {"numbers": (2**31,)},
+        {"numbers": (-(2**31),)},
+        {"numbers": (7.0,)},
         {"constants": (32,)},
         {"num_warps": 8},
         {"where": torch.device("cuda", 1)},

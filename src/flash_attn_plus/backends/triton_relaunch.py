@@ -40,13 +40,13 @@ def launch(
     """
     addresses = [None if x is None else x.data_ptr() for x in tensors]  # taken in half the time of tensors
     bits = reduce(or_, filter(None, addresses), 0)
-    may_remember = (
-        where.type == "cuda" and triton_replay.IS_PROVEN and not bits & 15 and max(numbers, default=0) <= _MAX_INT32
-    )
-    if not may_remember or not triton_replay.may_replay():
+    may_remember = where.type == "cuda" and triton_replay.IS_PROVEN and not bits & 15
+    are_narrow = min(numbers, default=0) >= -_MAX_INT32 and max(numbers, default=0) <= _MAX_INT32
+    if not (may_remember and are_narrow and triton_replay.may_replay()):
         kernel[grid](*tensors, *numbers, *constants, num_warps=num_warps)
         return
-    key = (id(kernel), where.index, num_warps, constants, *[None if x is None else x.dtype for x in tensors])
+    types = (*[None if x is None else x.dtype for x in tensors], *map(type, numbers))
+    key = (id(kernel), where.index, num_warps, constants, types)
     known = _compiled.get(key)
     if known is None:
         compiled = kernel[grid](*tensors, *numbers, *constants, num_warps=num_warps)
