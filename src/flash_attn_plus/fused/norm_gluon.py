@@ -1,5 +1,7 @@
 """When the Gluon kernel serves the backward pass of a norm, and its launch."""
 
+from functools import cache
+
 from torch import Tensor
 
 from flash_attn_plus import device, selection
@@ -12,6 +14,7 @@ LONGEST, SHORTEST = 16384, 8193
 CONFIG = RowConfig(1, 4096, 8)
 
 
+@cache
 def _has_gluon() -> bool:
     return selection.get("gluon").unavailable() is None
 
