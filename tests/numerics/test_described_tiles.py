@@ -54,9 +54,7 @@ def test_tiles(name: str, device: str):
     assert check(case, device, is_split) == (0 if case.layout in {"sliced", "expanded"} else 6)
 
 
-def test_long_plain_calls_of_16_bits_take_them_before_others(monkeypatch):
-    monkeypatch.setattr(heuristics, "_DESCRIPTOR_FAMILIES", frozenset({"cuda90"}))
-    heuristics._known.cache_clear()
+def test_long_plain_calls_of_16_bits_take_them_before_others():
     hopper = Device("cuda90", 227 * 1024, 132)
     plain = Case(batch=1, seqlen_q=2048, seqlen_k=2048, heads=8, heads_k=8, head_dim=128).problem(torch.bfloat16)
     features = ("has_softcap", "has_alibi", "has_dropout", "has_block_mask", "is_varlen_q", "is_varlen_k")
@@ -68,4 +66,3 @@ def test_long_plain_calls_of_16_bits_take_them_before_others(monkeypatch):
         assert rest
         assert not any(c.by_descriptor for p in others for c in (*rest, *kernel(p, hopper)))
         assert not any(c.by_descriptor for c in kernel(plain, hopper._replace(family="cuda100")))
-    heuristics._known.cache_clear()
