@@ -62,16 +62,13 @@ class Sample(NamedTuple):
 
     def place(self) -> tuple[str, str]:
         """(form, where it is first needed), for people."""
-        case = self.case
-        form = (
-            "blocks"
-            if self.blocks
-            else "decode"
-            if case.used is not None
-            else "varlen"
-            if case.lengths_q is not None
-            else "dense"
-        )
+        case, form = self.case, "dense"
+        if self.blocks:
+            form = "blocks"
+        elif case.used is not None:
+            form = "decode"
+        elif case.lengths_q is not None:
+            form = "varlen"
         return form, f"b={case.sequences} sq={case.seqlen_q} sk={case.seqlen_k}"
 
 
