@@ -186,7 +186,8 @@ def backward(
     dout_heads, q_heads = (_operand(x[:, first:], dim) for x in (dout, q))
     if sign < 0.0:
         q_heads = -q_heads
-    tensors = dout_heads, q_heads, *(_for_each_head(_operand(x, dim), q_heads.shape[1]) for x in (k, v))
+    k_heads, v_heads = (_for_each_head(_operand(x, dim), q_heads.shape[1]) for x in (k, v))
+    tensors = dout_heads, q_heads, k_heads, v_heads
     out_heads, lse = _operand(out[:, first:], dim), lse[..., first:]
     grads = dq[:, first:].transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
     if slopes is not None or band.left >= 0:
