@@ -25,6 +25,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.
 _BIAS_NUMBERS = 2**22  # of one row block's ALiBi bias: 16 MiB
 _MIN_ROWS, _NARROW_ROWS, _WIDE_ROWS = 32, 64, 256  # of a row block; measured from windows of 64 to 4096 keys
 _NARROW_BAND = 768  # keys; below it small blocks, which compute fewer hidden scores, are fastest
+_SUMMED_ROWS = 256  # of a key head, in one call: the operator sums their bfloat16 dk and dv in bfloat16
 
 
 class Pieces(NamedTuple):
@@ -52,9 +53,12 @@ def block_rows(band: Band, bias_heads: int) -> int:
     return max(_MIN_ROWS, min(wanted, _BIAS_NUMBERS // (bias_heads * band.keys_per_block(wanted))))
 
 
-def _operand(x: Tensor, dim: int) -> Tensor:
-    """(n, s, h, d) as the operator's (n, h, s, dim): zero-padded, and float32 for float16, which it runs slowly."""
-    if x.dtype == torch.float16:
+def _operand(x: Tensor, dim: int, is_summed_long: bool = False) -> Tensor:
+    """(n, s, h, d) as the operator's (n, h, s, dim): zero-padded, and float32 for float16, which it runs slowly.
+
+    With `is_summed_long`, float32 for bfloat16 too: over many rows its sums in bfloat16 lose more than one rounding.
+    """
+    if x.dtype == torch.float16 or (is_summed_long and x.dtype == torch.bfloat16):
         x = x.float()
     if x.shape[-1] < dim:
         x = F.pad(x, (0, dim - x.shape[-1]))
@@ -183,14 +187,19 @@ def backward(
         dv.zero_()
         return
     sign, scale = _positive(scale)
-    dout_heads, q_heads = (_operand(x[:, first:], dim) for x in (dout, q))
+    is_blocked = slopes is not None or band.left >= 0
+    rows = band.len_q - first
+    if is_blocked:
+        rows = min(rows, block_rows(band, 1 if slopes is None else slopes.numel()))
+    is_long = rows * (q.shape[2] // k.shape[2]) > _SUMMED_ROWS
+    dout_heads, q_heads = (_operand(x[:, first:], dim, is_long) for x in (dout, q))
     if sign < 0.0:
         q_heads = -q_heads
-    k_heads, v_heads = (_for_each_head(_operand(x, dim), q_heads.shape[1]) for x in (k, v))
+    k_heads, v_heads = (_for_each_head(_operand(x, dim, is_long), q_heads.shape[1]) for x in (k, v))
     tensors = dout_heads, q_heads, k_heads, v_heads
-    out_heads, lse = _operand(out[:, first:], dim), lse[..., first:]
+    out_heads, lse = _operand(out[:, first:], dim, is_long), lse[..., first:]
     grads = dq[:, first:].transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
-    if slopes is not None or band.left >= 0:
+    if is_blocked:
         _backward_blocks(*tensors, out_heads, lse, grads, band, scale, slopes)
     else:
         _backward_pieces(*tensors, out_heads, lse, grads, pieces(band), scale)
