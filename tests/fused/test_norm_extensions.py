@@ -118,6 +118,33 @@ def test_subset(path, device, kind, has_out_subset):
 
 
 @kinds
+def test_subset_of_whole_sequences_keeps_their_shape(path, device, kind):
+    x = (
+        rows(device, "x0", shape=(2, 3, 40))
+        | rows(device, "residual", shape=(4, 3, 40))
+        | vectors(device, "weight", "bias")
+    )
+    x0_subset = torch.tensor([[0, 0, 0], [1, 2, 3], [0, 0, 0], [4, 5, 6]], dtype=torch.int32, device=device)
+    out_subset = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9], [0, 0, 0]], dtype=torch.int32, device=device)
+
+    def actual(x0, residual, weight, bias):
+        return KINDS[kind][1](
+            x0, residual, weight, bias, 0.0, EPS, x0_subset=x0_subset, out_subset=out_subset, out_numrows=9,
+            prenorm=True,
+        )  # fmt: skip
+
+    def formula(x0, residual, weight, bias):
+        zero = torch.zeros_like(x0[0])
+        t = torch.stack((zero, x0[0], zero, x0[1])) + residual
+        (z,) = formulas.norm(t, weight, bias, eps=EPS, is_rms_norm=kind == "rms")
+        return z[:3], t
+
+    z, t = actual(**x)
+    assert (z.shape, t.shape) == ((3, 3, 40), (4, 3, 40))
+    assert_follows(actual, formula, x)
+
+
+@kinds
 @pytest.mark.parametrize("has_x1", [False, True])
 @pytest.mark.parametrize("has_weight1", [False, True])
 def test_parallel_residual(path, device, kind, has_x1, has_weight1):

@@ -59,13 +59,13 @@ def _subset(
     if x0_subset is not None:
         source = x0_subset.reshape(-1).long()
         padded = torch.cat((rows.new_zeros(1, rows.shape[1]), rows))  # index 0 is the absent row
-        x = padded[source].view(*x0_subset.shape, x0.shape[-1])
+        x = padded[source].view(*(x0_subset.shape if x0.dim() == 2 else (-1, *x0.shape[1:-1])), x0.shape[-1])
     rowscale = torch.full(x.shape[:-1], rowscale_const, dtype=x0.dtype, device=x0.device)
     z, t, mask = _add_norm(
         x, residual, weight, bias, dropout_p, epsilon, rowscale, layerscale, prenorm, residual_in_fp32, is_rms_norm
     )
     if out_subset is not None:
-        z = _scatter_rows(z, out_subset, out_numrows)
+        z = _scatter_rows(z, out_subset, out_numrows).view(-1, *x0.shape[1:])
     mask = _byte_mask(mask, x)
     if source is not None:  # the mask belongs to the rows of x0
         kept = mask.new_ones(rows.shape[0] + 1, rows.shape[1])
@@ -183,10 +183,14 @@ def dropout_add_layer_norm_subset(
     """`dropout_add_layer_norm` of rows some of which are absent from x0 or from the output.
 
     Args:
-        x0: (rows, n), the present rows only.
+        x0: (rows, n) or (sequences, s, n), the present rows only.
         x0_subset, out_subset: int32 of the full row shape, 1-based row of x0 and of the output; 0 is absent.
         rowscale_const: factor on x0.
         out_numrows: rows of the output when out_subset is given.
+
+    Returns:
+        z, (out_numrows, n) or (out_numrows / s, s, n) as x0 has it; then t in the full shape with prenorm; then x0's
+        mask with return_dropout_mask.
     """
     return _subset(
         x0, residual, weight, bias, dropout_p, epsilon, layerscale, x0_subset, out_subset, rowscale_const,
