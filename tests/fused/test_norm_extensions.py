@@ -145,6 +145,16 @@ def test_subset_of_whole_sequences_keeps_their_shape(path, device, kind):
 
 
 @kinds
+def test_factor_of_subset_is_not_rounded_to_half_precision(path, device, kind):
+    x0 = normal(3, 40, dtype=torch.float16, device=device)
+    _, t = KINDS[kind][1](
+        x0, None, torch.ones(40, device=device), None, 0.0, EPS, rowscale_const=1 / 0.6, prenorm=True,
+        residual_in_fp32=True,
+    )  # fmt: skip
+    assert torch.equal(t, x0.float() * (1 / 0.6))
+
+
+@kinds
 @pytest.mark.parametrize("has_x1", [False, True])
 @pytest.mark.parametrize("has_weight1", [False, True])
 def test_parallel_residual(path, device, kind, has_x1, has_weight1):

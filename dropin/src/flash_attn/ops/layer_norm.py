@@ -60,7 +60,8 @@ def _subset(
         source = x0_subset.reshape(-1).long()
         padded = torch.cat((rows.new_zeros(1, rows.shape[1]), rows))  # index 0 is the absent row
         x = padded[source].view(*(x0_subset.shape if x0.dim() == 2 else (-1, *x0.shape[1:-1])), x0.shape[-1])
-    rowscale = torch.full(x.shape[:-1], rowscale_const, dtype=x0.dtype, device=x0.device)
+    wide = torch.promote_types(x0.dtype, torch.float32)  # in x0's precision the factor would be rounded
+    rowscale = torch.full(x.shape[:-1], rowscale_const, dtype=wide, device=x0.device)
     z, t, mask = _add_norm(
         x, residual, weight, bias, dropout_p, epsilon, rowscale, layerscale, prenorm, residual_in_fp32, is_rms_norm
     )
