@@ -16,6 +16,7 @@ from flash_attn_plus.dropout import keep_mask
 
 TILE_NUMBERS = {"cpu": 2**21, "other": 2**25}  # 8 MiB stays in a CPU's cache; devices want more work a launch
 MIN_ROWS = 16
+_CHAIN = 128  # keys that a product of few rows sums in one go
 Tiles = Iterable[tuple[range, Keys]]  # blocks of rows, each with the keys that it sees
 
 
@@ -55,6 +56,18 @@ def _summed_over_heads(a: Tensor, b: Tensor, rows: int) -> Tensor:
     """a^T b of (n, hk, group * rows, ...), summed a head at a time: shorter chains of roundings than over all rows."""
     a, b = a.unflatten(2, (-1, rows)), b.unflatten(2, (-1, rows))
     return (a.transpose(-1, -2) @ b).sum(2)
+
+
+def _summed_over_keys(weights: Tensor, x: Tensor) -> Tensor:
+    """weights (n, hk, rows, cols) @ x (n, hk, cols, d); few rows in short chains: one of all keys rounds too often."""
+    cols = weights.shape[-1]
+    if weights.shape[2] > MIN_ROWS or cols <= _CHAIN:
+        return weights @ x
+    whole = cols - cols % _CHAIN
+    chains = weights[..., :whole].unflatten(-1, (-1, _CHAIN)).transpose(2, 3) @ x[:, :, :whole].unflatten(
+        2, (-1, _CHAIN)
+    )
+    return chains.sum(2).add_(weights[..., whole:] @ x[:, :, whole:])
 
 
 def block_rows(n: int, heads: int, band: Band, device: torch.device) -> int:
@@ -118,7 +131,7 @@ def forward(
         factor = _dropout_factor(rule, rows, cols, dtype)
         if factor is not None:
             weights *= factor
-        grouped = weights.view(q.shape[0], heads_k, -1, len(cols)) @ v_heads[:, :, seen]
+        grouped = _summed_over_keys(weights.view(q.shape[0], heads_k, -1, len(cols)), v_heads[:, :, seen])
         block_lse = total.log().add_(peak)
         if tiles is not None:
             block_lse.masked_fill_(total == 0.0, float("inf"))
@@ -188,5 +201,5 @@ def accumulate(
         if squashed is not None:
             dscores *= 1.0 - squashed.square()
         grouped = dscores.mul_(rule.softmax_scale).view(n, heads_k, -1, len(cols))
-        dq[:, here] = _from_group(grouped @ k_heads[:, :, seen], len(rows))
+        dq[:, here] = _from_group(_summed_over_keys(grouped, k_heads[:, :, seen]), len(rows))
         sum_dk[:, :, seen] += _summed_over_heads(grouped, q_block, len(rows))
