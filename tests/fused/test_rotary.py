@@ -266,3 +266,33 @@ def test_module_with_a_tensor_offset_uses_the_tables_at_hand(path, device):
     for n, offset in enumerate((3, 5)):
         alone, _ = module(q[n : n + 1].clone(), kv[n : n + 1].clone(), seqlen_offset=offset)
         assert torch.equal(turned[n : n + 1], alone)
+
+
+def test_in_place_under_an_expanded_gradient(path, device):
+    cos, sin = tables(LENGTH, 8, device)
+    ones = torch.ones(BATCH, LENGTH, HEADS, 16, device=device)
+    turned = apply_rotary(ones, cos, sin, conjugate=True)
+    x = torch.zeros_like(ones, requires_grad=True)
+    apply_rotary_emb(x, cos, sin, inplace=True).sum().backward()
+    torch.testing.assert_close(x.grad, turned)
+    qkv = torch.zeros(BATCH, LENGTH, 3, HEADS, 16, device=device, requires_grad=True)
+    apply_rotary_emb_qkv_(qkv, cos, sin).sum().backward()
+    torch.testing.assert_close(qkv.grad, torch.stack((turned, turned, ones), dim=2))
+    kv = torch.zeros(BATCH, LENGTH, 2, HEADS, 16, device=device, requires_grad=True)
+    apply_rotary_emb_kv_(kv, cos, sin).sum().backward()
+    torch.testing.assert_close(kv.grad, torch.stack((turned, ones), dim=2))
+
+
+def test_without_autograd_a_leaf_may_be_turned_in_place(path, device):
+    cos, sin = tables(LENGTH, 8, device)
+    x = torch.ones(BATCH, LENGTH, HEADS, 16, device=device, requires_grad=True)
+    copy = apply_rotary(x, cos, sin)
+    assert not copy.requires_grad
+    assert apply_rotary(x, cos, sin, inplace=True) is x
+    torch.testing.assert_close(x.detach(), copy)
+
+
+def test_module_names_what_a_tensor_offset_lacks(device):
+    offset = torch.zeros(BATCH, dtype=torch.int32, device=device)
+    with pytest.raises(AssertionError, match="max_seqlen"):
+        RotaryEmbedding(16, device=device)(torch.zeros(BATCH, 3, 3, HEADS, 16, device=device), seqlen_offset=offset)

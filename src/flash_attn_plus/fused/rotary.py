@@ -131,5 +131,6 @@ def apply_rotary(
     out = x if inplace else torch.empty_like(x)
     if x.numel() > 0:
         run = _apply_triton if uses_triton(x) and x.stride(-1) == 1 else _apply_torch
-        run(x, cos, sin, seqlen_offsets, cu_seqlens, interleaved, out, conjugate)
+        with torch.no_grad():
+            run(x, cos, sin, seqlen_offsets, cu_seqlens, interleaved, out, conjugate)
     return out

@@ -25,6 +25,11 @@ def apply_rotary_emb_torch(x, cos, sin, interleaved=False):
     return torch.cat((turned * cos + rotate_half(turned, interleaved) * sin, x[..., rotary_dim:]), dim=-1)
 
 
+def _writable(gradient):
+    """The incoming gradient, or a copy of an expanded one (as that of a sum is), whose elements share memory."""
+    return gradient.contiguous() if 0 in gradient.stride() else gradient
+
+
 class ApplyRotaryEmb(torch.autograd.Function):
     """Rotation of one tensor; in place it also turns the incoming gradient in place."""
 
@@ -41,6 +46,7 @@ class ApplyRotaryEmb(torch.autograd.Function):
     def backward(ctx, dout):
         cos, sin, cu_seqlens, offsets = ctx.saved_tensors
         offsets = ctx.seqlen_offset if offsets is None else offsets
+        dout = _writable(dout) if ctx.inplace else dout
         dx = apply_rotary(
             dout, cos, sin, offsets, cu_seqlens, ctx.max_seqlen, ctx.interleaved, ctx.inplace, conjugate=True
         )
@@ -122,7 +128,7 @@ class ApplyRotaryEmbQKV_(torch.autograd.Function):
         cos, sin, cos_k, sin_k, offsets = ctx.saved_tensors
         offsets = ctx.seqlen_offset if offsets is None else offsets
         dqkv = _apply_rotary_emb_qkv(
-            dqkv, cos, sin, cos_k, sin_k, ctx.interleaved, True, True, offsets, ctx.num_heads_q
+            _writable(dqkv), cos, sin, cos_k, sin_k, ctx.interleaved, True, True, offsets, ctx.num_heads_q
         )
         return dqkv, None, None, None, None, None, None, None
 
@@ -156,7 +162,7 @@ class ApplyRotaryEmbKV_(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dkv):
         cos, sin, offsets = ctx.saved_tensors
-        offsets = ctx.seqlen_offset if offsets is None else offsets
+        offsets, dkv = ctx.seqlen_offset if offsets is None else offsets, _writable(dkv)
         apply_rotary(dkv[:, :, 0], cos, sin, offsets, interleaved=ctx.interleaved, inplace=True, conjugate=True)
         return dkv, None, None, None, None
 
@@ -241,6 +247,9 @@ class RotaryEmbedding(nn.Module):
             self._update_cos_sin_cache(max_seqlen, device=qkv.device, dtype=qkv.dtype)
         elif isinstance(seqlen_offset, int):
             self._update_cos_sin_cache(seqlen + seqlen_offset, device=qkv.device, dtype=qkv.dtype)
+        assert self._cos_cached is not None, (
+            "max_seqlen must be passed once with a tensor of offsets: no tables are made"
+        )
         if kv is None:
             return apply_rotary_emb_qkv_(
                 qkv,
