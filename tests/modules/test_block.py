@@ -185,3 +185,18 @@ def test_what_does_not_go_together_is_refused():
     block = make(ParallelBlock, resid_dropout1=0.1, resid_dropout2=0.2, fused_dropout_add_ln=True).train()
     with pytest.raises(AssertionError, match="equal dropout"):
         block(X, X, RESIDUAL)
+
+
+@pytest.mark.parametrize("cls", [Block, ParallelBlock])
+def test_zero_centered_weights_in_either_form(cls):
+    plain, fused = (
+        make(cls, norm_cls=partial(RMSNorm, zero_centered_weight=True), fused_dropout_add_ln=is_fused)
+        for is_fused in (False, True)
+    )
+    arguments = (X, RESIDUAL) if cls is Block else (X, X.flip(1), RESIDUAL)
+    torch.testing.assert_close(fused(*arguments), plain(*arguments))
+
+
+def test_fused_form_refuses_a_norm_with_dropout():
+    with pytest.raises(AssertionError, match="dropout of its own"):
+        make(Block, norm_cls=partial(RMSNorm, dropout_p=0.1), fused_dropout_add_ln=True)

@@ -43,6 +43,7 @@ def _check_fusible(norms, dropouts):
         assert isinstance(norm, (nn.LayerNorm, RMSNorm)), (
             f"fused_dropout_add_ln needs nn.LayerNorm or flash_attn's RMSNorm, not {type(norm).__name__}"
         )
+        assert getattr(norm, "drop", None) is None, "fused_dropout_add_ln needs a norm without a dropout of its own"
     for dropout in dropouts:
         assert isinstance(dropout, nn.Dropout), f"fused_dropout_add_ln needs nn.Dropout, not {type(dropout).__name__}"
 
@@ -73,6 +74,7 @@ def add_norm(norm, branch, residual, dropout, drop_path=None, fused=False, resid
             rowscale=rowscale,
             prenorm=prenorm,
             residual_in_fp32=residual_in_fp32,
+            zero_centered_weight=getattr(norm, "zero_centered_weight", False),
             is_rms_norm=isinstance(norm, RMSNorm),
         )
     total = dropout(branch)
@@ -202,6 +204,7 @@ def add_parallel_norm(norm1, norm2, branches, residual, dropouts, fused=False, r
             dropout_p=ps.pop(),
             prenorm=True,
             residual_in_fp32=residual_in_fp32,
+            zero_centered_weight=getattr(norm1, "zero_centered_weight", False),
             is_rms_norm=isinstance(norm1, RMSNorm),
         )
         first, second, total = outputs if norm2 is not None else (outputs[0], outputs[0], outputs[1])
