@@ -227,3 +227,11 @@ def test_what_does_not_go_together_is_refused(options, call, message):
     module = make_mha(**options)
     with pytest.raises(AssertionError, match=message):
         module(X, **call)
+
+
+@pytest.mark.parametrize("heads_k", [1, 2])
+def test_padding_leaves_the_diagonal_of_grouped_heads_in_place(heads_k):
+    module, length = make_mha(num_heads_kv=heads_k, causal=True), 7
+    mask = torch.arange(X.shape[1]) < length
+    padded = module(X, key_padding_mask=mask.expand(2, -1))
+    torch.testing.assert_close(padded[:, :length], module(X[:, :length]))

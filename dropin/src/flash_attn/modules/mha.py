@@ -171,6 +171,10 @@ class _CachedAttention(nn.Module):
             qkv = self._rotate(qkv, None, max_seqlen)
         if self.num_heads_q == self.num_heads_k:
             return self._run(self.inner_attn, qkv.unflatten(-2, (3, -1)), **kwargs)
+        if kwargs.get("key_padding_mask") is not None:  # behind which a cross-attention would end its diagonal
+            q, kv = self._split(qkv)
+            kv = kv.repeat_interleave(self.num_heads_q // self.num_heads_k, dim=-2)
+            return self._run(self.inner_attn, torch.cat((q.unsqueeze(-3), kv), dim=-3), **kwargs)
         if kwargs.get("cu_seqlens") is not None:  # keys are those of the queries
             kwargs = {"cu_seqlens_k": kwargs["cu_seqlens"], "max_seqlen_k": kwargs["max_seqlen"], **kwargs}
         return self._run(self.inner_cross_attn, *self._split(qkv), **kwargs)
