@@ -249,3 +249,9 @@ def test_inference_caches():
     params.reset(6, 1)
     assert (params.max_seqlen, params.max_batch_size, params.seqlen_offset) == (6, 1, 0)
     assert params.lengths_per_sample.tolist() == [0, 0]
+
+
+def test_a_model_that_drafts_for_itself_has_two_graph_caches():
+    model, ids = make_gpt(STRUCTURES["rotary"], use_flash_attn=True), make_ids(1, 6)
+    expected = model.generate(ids, 16)
+    assert torch.equal(decode_speculative(ids, model, model, 16, cg=True).sequences, expected)

@@ -97,13 +97,16 @@ def sample(logits, top_k=1, top_p=0.0, temperature=1.0):
 class _Session:
     """A model with its key/value cache, fed token by token."""
 
-    def __init__(self, model, batch_size, seqlen_og, max_length, vocab_size, tensor_parallel, cg, decoding_seqlens):
+    def __init__(
+        self, model, batch_size, seqlen_og, max_length, vocab_size, tensor_parallel, cg, decoding_seqlens,
+        name="_decoding_cache",
+    ):  # fmt: skip
         self.model, self.vocab_size, self.graphs = model, vocab_size, None
         if cg:
-            cached = getattr(model, "_decoding_cache", None)
-            self.graphs = model._decoding_cache = update_graph_cache(
-                model, cached, batch_size, seqlen_og, max_length, decoding_seqlens, tensor_parallel
+            self.graphs = update_graph_cache(
+                model, getattr(model, name, None), batch_size, seqlen_og, max_length, decoding_seqlens, tensor_parallel
             )
+            setattr(model, name, self.graphs)
             self.params = self.graphs.inference_params
             self.params.reset(max_length, batch_size)
         else:
@@ -268,7 +271,9 @@ def decode_speculative(
     options = (top_k, top_p, temperature)
     common = (batch, prompt, max_length, vocab_size, tensor_parallel, cg)
     main = _Session(model, *common, (1, *range(2, speculative_lookahead + 2)))
-    draft = _Session(model_draft, *common, (1, 2))
+    # A model that drafts for itself needs two caches, or each session would overwrite the other's keys.
+    draft_name = "_drafting_cache" if model_draft is model else "_decoding_cache"
+    draft = _Session(model_draft, *common, (1, 2), draft_name)
     sequence, scores = input_ids, []
     with _Timer(enable_timing, input_ids.device, tensor_parallel):
         while sequence.shape[1] < max_length:
