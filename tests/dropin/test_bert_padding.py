@@ -117,3 +117,12 @@ def test_attention_over_unpadded_rows(device):
         alone = flash_attn_func(*(x[n : n + 1, :length] for x in (q, k, v)), causal=True)
         torch.testing.assert_close(padded[n : n + 1, :length], alone)
         assert not padded[n, length:].any()
+
+
+def test_nothing_to_pack():
+    empty = torch.zeros(0, 5, 7)
+    rows, indices, cu_seqlens, longest, seqused = unpad_input(empty, torch.zeros(0, 5))
+    assert (rows.shape, indices.tolist(), cu_seqlens.tolist(), longest, seqused.tolist()) == ((0, 7), [], [0], 0, [])
+    lengths = torch.zeros(2, 5, dtype=torch.long)
+    rows, indices, cu_seqlens, longest = unpad_input_for_concatenated_sequences(torch.zeros(2, 5, 7), lengths)
+    assert (rows.shape, indices.tolist(), cu_seqlens.tolist(), longest) == ((0, 7), [], [0], 0)

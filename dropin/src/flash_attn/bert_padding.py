@@ -32,7 +32,7 @@ class IndexFirstAxis(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, indices):
-        assert input.ndim >= 2
+        assert input.ndim >= 2, f"input must be (n, ...) with features behind its rows, not {tuple(input.shape)}"
         ctx.save_for_backward(indices)
         ctx.first_axis_dim = input.shape[0]
         return input.index_select(0, indices)
@@ -48,8 +48,8 @@ class IndexPutFirstAxis(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, values, indices, first_axis_dim):
-        assert indices.ndim == 1
-        assert values.ndim >= 2
+        assert indices.ndim == 1, f"indices must be (z,), not {tuple(indices.shape)}"
+        assert values.ndim >= 2, f"values must be (z, ...) with features behind its rows, not {tuple(values.shape)}"
         ctx.save_for_backward(indices)
         return _scatter_rows(values, indices, first_axis_dim)
 
@@ -64,7 +64,7 @@ class IndexFirstAxisResidual(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, indices):
-        assert input.ndim >= 2
+        assert input.ndim >= 2, f"input must be (n, ...) with features behind its rows, not {tuple(input.shape)}"
         ctx.save_for_backward(indices)
         return input.index_select(0, indices), input.detach()
 
@@ -83,6 +83,10 @@ index_first_axis_residual = IndexFirstAxisResidual.apply
 
 def _cumulative(seqlens: Tensor) -> Tensor:
     return F.pad(torch.cumsum(seqlens, dim=0, dtype=torch.int32), (1, 0))
+
+
+def _longest(seqlens: Tensor) -> int:
+    return seqlens.max().item() if seqlens.numel() else 0
 
 
 def unpad_input(hidden_states, attention_mask, unused_mask=None):
@@ -104,7 +108,7 @@ def unpad_input(hidden_states, attention_mask, unused_mask=None):
     seqused = is_valid.sum(dim=-1, dtype=torch.int32)
     indices = torch.nonzero(is_packed.flatten(), as_tuple=False).flatten()
     rows = index_first_axis(hidden_states.flatten(0, 1), indices)
-    return rows, indices, _cumulative(seqlens), seqlens.max().item(), seqused
+    return rows, indices, _cumulative(seqlens), _longest(seqlens), seqused
 
 
 def unpad_input_for_concatenated_sequences(hidden_states, attention_mask_in_length):
@@ -126,7 +130,7 @@ def unpad_input_for_concatenated_sequences(hidden_states, attention_mask_in_leng
     lengths = attention_mask_in_length.flatten()
     seqlens = lengths[lengths != 0].to(torch.int32)
     rows = index_first_axis(hidden_states.flatten(0, 1), indices)
-    return rows, indices, _cumulative(seqlens), seqlens.max().item()
+    return rows, indices, _cumulative(seqlens), _longest(seqlens)
 
 
 def pad_input(hidden_states, indices, batch, seqlen):
