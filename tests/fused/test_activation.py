@@ -90,6 +90,13 @@ def test_empty_and_mismatched(path, device):
     assert swiglu(empty, empty).shape == gelu_fwd(empty).shape == (0, 8)
     with pytest.raises(RuntimeError, match="same shape"):
         swiglu(empty, torch.empty(0, 9, device=device))
+    x = torch.zeros(3, 8, device=device)
+    with pytest.raises(RuntimeError, match="same shape"):
+        swiglu_bwd(x, x, x[:2])
+    with pytest.raises(RuntimeError, match="bias"):
+        bias_gelu(x, x[0, :1])
+    with pytest.raises(RuntimeError, match="gradient"):
+        gelu_bwd(x[:2], x)
 
 
 @pytest.mark.parametrize("activation", ["id", "gelu", "gelu_approx", "squared_relu"])

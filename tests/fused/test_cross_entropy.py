@@ -145,6 +145,15 @@ def test_what_cannot_be(path, device):
         cross_entropy_loss(logits, torch.zeros(2, dtype=torch.long, device=device))
     with pytest.raises(AssertionError, match="logit_scale"):
         cross_entropy_loss(logits, torch.zeros(3, dtype=torch.long, device=device), logit_scale=0.0)
+    labels = torch.zeros(3, dtype=torch.long, device=device)
+    for wrong, word in (
+        ((logits[None], labels[:1]), "vocabulary"),
+        ((logits.long(), labels), "floating-point"),
+        ((logits, labels.float()), "integer"),
+        ((logits, labels, logits[:2, 0]), "precomputed_lse"),
+    ):
+        with pytest.raises(AssertionError, match=word):
+            cross_entropy_loss(*wrong)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

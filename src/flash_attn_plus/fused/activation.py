@@ -129,17 +129,24 @@ for _name, _implementation, _fake in (
     torch.library.register_fake(f"flash_attn_plus::{_name}", _fake, lib=_library)
 
 
-def activation_forward(x: Tensor, activation: str, bias: Tensor | None = None) -> Tensor:
-    """act(x + bias) in x's dtype, contiguous; not differentiable. `bias` is (x.shape[-1],)."""
+def _check(x: Tensor, activation: str, bias: Tensor | None, dout: Tensor | None = None) -> None:
     if activation not in ACTIVATIONS:
         raise InvalidArgument(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+    if bias is not None and bias.shape != x.shape[-1:]:
+        raise InvalidArgument(f"bias must have shape {tuple(x.shape[-1:])}, not {tuple(bias.shape)}")
+    if dout is not None and dout.shape != x.shape:
+        raise InvalidArgument(f"the gradient must have the shape of x, {tuple(x.shape)}, not {tuple(dout.shape)}")
+
+
+def activation_forward(x: Tensor, activation: str, bias: Tensor | None = None) -> Tensor:
+    """act(x + bias) in x's dtype, contiguous; not differentiable. `bias` is (x.shape[-1],)."""
+    _check(x, activation, bias)
     return torch.ops.flash_attn_plus.activation_forward(x, None if bias is None else bias.contiguous(), activation)
 
 
 def activation_backward(dout: Tensor, x: Tensor, activation: str, bias: Tensor | None = None) -> Tensor:
     """dout * act'(x + bias) in x's dtype, contiguous; relu and leaky_relu pass the gradient at 0."""
-    if activation not in ACTIVATIONS:
-        raise InvalidArgument(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+    _check(x, activation, bias, dout)
     bias = None if bias is None else bias.contiguous()
     return torch.ops.flash_attn_plus.activation_backward(dout, x, bias, activation)
 
@@ -153,6 +160,9 @@ def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
 
 def swiglu_backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up, contiguous."""
+    if not gate.shape == up.shape == dout.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (gate, up, dout))
+        raise InvalidArgument(f"gate, up and their gradient must have the same shape, not {shapes}")
     return torch.ops.flash_attn_plus.swiglu_backward(dout, gate, up)
 
 

@@ -194,7 +194,13 @@ def cross_entropy(
         losses and z_losses, float32 (n,) (float64 for float64 logits); only losses is differentiable.
     """
     assert logit_scale > 0.0, "logit_scale must be positive"
-    assert labels.shape == (logits.shape[0],), "labels must have shape (n,) for logits of shape (n, vocabulary)"
+    assert logits.ndim == 2, (
+        f"logits must have shape (n, vocabulary), not {tuple(logits.shape)}; flatten what is before"
+    )
+    assert labels.shape == logits.shape[:1], "labels must have shape (n,) for logits of shape (n, vocabulary)"
+    assert logits.is_floating_point(), f"logits must be floating-point numbers, not {logits.dtype}"
+    assert not labels.is_floating_point(), f"labels must be integer class ids, not {labels.dtype}"
+    assert precomputed_lse is None or precomputed_lse.shape == labels.shape, "precomputed_lse must have shape (n,)"
     return CrossEntropyFunction.apply(
         logits, labels, precomputed_lse, label_smoothing, logit_scale, lse_square_scale, ignore_index,
         inplace_backward, process_group,
