@@ -262,3 +262,27 @@ def test_what_cannot_be(path, device):
     long = torch.zeros(1, 16385, device=device)
     with pytest.raises(RuntimeError, match="feature dim >= 64KB"):
         layer_norm_fn(long, long[0], None)
+
+
+def test_parameters_and_buffers_of_another_size_are_never_read_or_written(path, device):
+    x, ones = torch.zeros(3, 40, device=device), torch.ones(40, device=device)
+    for options, word in (
+        ({"weight": ones[:8]}, "weight must"),
+        ({"weight": None}, "weight must"),
+        ({"bias": ones[:8]}, "bias must"),
+        ({"weight1": ones[:8]}, "weight1 must"),
+        ({"weight1": ones, "bias1": ones[:8]}, "bias1 must"),
+        ({"bias1": ones}, "bias1 needs"),
+        ({"out": x[:2].clone()}, "out must"),
+        ({"out": torch.zeros(3, 80, device=device)[:, ::2]}, "out must"),
+        ({"residual_out": x[:2].clone(), "prenorm": True}, "residual_out must"),
+        ({"out": x.clone(), "out_dtype": torch.float16}, "out has dtype"),
+        ({"x": x.int()}, "floating-point"),
+        ({"x": x.view(3, 5, 8), "weight": ones[:8], "out": torch.zeros(5, 3, 8, device=device)}, "out must"),
+        (
+            {"x": x.view(3, 5, 8), "weight": ones[:8], "out": torch.zeros(5, 3, 8, device=device).transpose(0, 1)},
+            "contiguous",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=word):
+            layer_norm_fn(**{"x": x, "weight": ones, "bias": None} | options)

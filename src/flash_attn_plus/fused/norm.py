@@ -73,14 +73,34 @@ def draw_seeds(rows: int, branches: int, device: torch.device) -> Tensor:
     return torch.randint(0, 2**62, (rows * branches,), dtype=torch.int64, device=device)
 
 
-def _check(x: Tensor, weight: Tensor, dropout_p: float) -> None:
+def _check_buffer(name: str, buffer: Tensor | None, x: Tensor) -> None:
+    if buffer is None:
+        return
+    if buffer.shape != x.shape or buffer.device != x.device:
+        raise InvalidArgument(
+            f"{name} must have the shape and device of x, {tuple(x.shape)} on {x.device}, not {tuple(buffer.shape)} on"
+            f" {buffer.device}"
+        )
+    if buffer.stride(-1) != 1:
+        raise InvalidArgument(f"{name} must have contiguous last dimension; its stride there is {buffer.stride(-1)}")
+
+
+def _check(x: Tensor, dropout_p: float, weight, bias, weight1, bias1) -> None:
+    if not x.is_floating_point():
+        raise InvalidArgument(f"x must hold floating-point numbers, not {x.dtype}")
     if x.shape[-1] * x.element_size() > MAX_ROW_BYTES:
         raise InvalidArgument(
             f"This norm doesn't support feature dim >= 64KB: x has {x.shape[-1]} features of {x.element_size()} bytes;"
             " use torch.nn.functional.layer_norm or rms_norm"
         )
-    if weight.shape != (x.shape[-1],):
-        raise InvalidArgument(f"weight must have shape ({x.shape[-1]},), not {tuple(weight.shape)}")
+    if weight is None:
+        raise InvalidArgument("weight must be given; pass ones for a norm without a scale")
+    if bias1 is not None and weight1 is None:
+        raise InvalidArgument("bias1 needs weight1, without which there is no second output")
+    expected = x.shape[-1:]
+    for name, p in (("weight", weight), ("bias", bias), ("weight1", weight1), ("bias1", bias1)):
+        if p is not None and p.shape != expected:
+            raise InvalidArgument(f"{name} must have shape {tuple(expected)}, not {tuple(p.shape)}")
     if not 0.0 <= dropout_p < 1.0:
         raise InvalidArgument(f"dropout_p must be in [0, 1), not {dropout_p}; pass a probability below 1")
 
@@ -109,7 +129,11 @@ def norm_forward(
     Returns:
         (y, y1, mean, rstd, t, seeds, mask, mask1); t is x itself when nothing changes x; mean is None for RMS norm.
     """
-    _check(x, weight, dropout_p)
+    _check(x, dropout_p, weight, bias, weight1, bias1)
+    _check_buffer("out", out, x)
+    _check_buffer("residual_out", residual_out, x)
+    if out is not None and out_dtype not in (None, out.dtype):
+        raise InvalidArgument(f"out has dtype {out.dtype}, but out_dtype is {out_dtype}; pass one of the two")
     rows, device = x.shape[0], x.device
     statistics_dtype = norm_torch.accumulation_dtype(x.dtype)
     if residual is not None:

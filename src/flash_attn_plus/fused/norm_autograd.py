@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from flash_attn_plus.errors import InvalidArgument
 from flash_attn_plus.fused.norm import norm_backward, norm_forward, rows_of
 
 
@@ -16,6 +17,18 @@ def _check_shapes(x: Tensor, residual: Tensor | None, x1: Tensor | None, rowscal
 def _packed(*parameters: Tensor | None) -> list[Tensor | None]:
     """Parameters with adjacent elements, as the kernels read them."""
     return [None if p is None else p.contiguous() for p in parameters]
+
+
+def _buffer(name: str, buffer: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """A caller's buffer as (rows, cols), which must be its own memory."""
+    if buffer is None or len(shape) == 2:
+        return buffer
+    try:
+        return buffer.view(-1, shape[-1]) if buffer.shape == shape else buffer
+    except RuntimeError:
+        raise InvalidArgument(
+            f"{name} must be viewable as rows: its strides {buffer.stride()} are not; pass a contiguous buffer"
+        ) from None
 
 
 def _shaped(x: Tensor | None, shape: torch.Size) -> Tensor | None:
@@ -40,7 +53,7 @@ class NormFunction(torch.autograd.Function):
             flat, weight, bias, eps, rows_of(residual, cols), rows_of(x1, cols), weight1, bias1, dropout_p, rowscale,
             out_dtype,
             torch.float32 if residual_in_fp32 else None, zero_centered_weight, is_rms_norm, return_dropout_mask,
-            None if out is None else out.view(-1, cols), None if residual_out is None else residual_out.view(-1, cols),
+            _buffer("out", out, shape), _buffer("residual_out", residual_out, shape),
         )  # fmt: skip
         ctx.save_for_backward(t, weight, bias, weight1, bias1, rowscale, seeds, mean, rstd)
         ctx.shape, ctx.x_dtype, ctx.dropout_p = shape, x.dtype, dropout_p
