@@ -139,3 +139,15 @@ def test_operator_with_partly_used_keys(page_size, device):
         q, packed, packed, cu_q, cu_short, 6, 40, 0.3, 0.25, True, return_softmax=True
     )[2]
     torch.testing.assert_close(dump, expected)
+
+
+@pytest.mark.parametrize("side", "qk")
+def test_sequences_that_are_all_empty_have_an_empty_dump(side, device):
+    """Lengths may be stated that no sequence has: they size the dump, and there is nothing to read for it."""
+    rows, starts = torch.randn(8, 2, 16, device=device), torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
+    q, k = (rows[:0], rows) if side == "q" else (rows, rows[:0])
+    cu_q, cu_k = (torch.zeros_like(starts) if len(x) == 0 else starts for x in (q, k))
+    out, _, dump = flash_attn.flash_attn_varlen_func(q, k, k, cu_q, cu_k, 5, 5, 0.1, return_attn_probs=True)
+    assert dump.shape == (2, 2, 128, 128)
+    assert not dump.any()
+    assert not out.any()

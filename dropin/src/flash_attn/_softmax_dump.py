@@ -109,6 +109,8 @@ def softmax_dump(
     The arguments are those of `flash_attn_plus.ops.forward`; dense calls take the lengths from q and k.
     """
     out = _allocate(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k).zero_()
+    if q.numel() == 0 or k.numel() == 0:
+        return out
     if cu_seqlens_q is None:
         max_seqlen_q, max_seqlen_k = q.shape[1], k.shape[1]
         len_q = torch.full((q.shape[0],), max_seqlen_q, dtype=torch.int32, device=q.device)
