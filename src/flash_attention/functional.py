@@ -12,9 +12,11 @@ from flash_attn_plus import InvalidArgument, attention
 
 def window_bounds(window_size: Sequence[int]) -> tuple[int, int]:
     """(left, right) as integers; raises InvalidArgument unless there are two."""
-    if len(window_size) != 2:
-        raise InvalidArgument(f"window_size must be a pair (left, right), not {window_size!r}")
-    return int(window_size[0]), int(window_size[1])
+    try:
+        left, right = map(int, window_size)
+    except (TypeError, ValueError):
+        raise InvalidArgument(f"window_size must be a pair of integers (left, right), not {window_size!r}") from None
+    return left, right
 
 
 def is_positional(seqlen_q: int, causal: bool, window: tuple[int, int], alibi_slopes: Tensor | None) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flash_attn_plus import ops
+from flash_attn_plus.derivatives import once_differentiable
 
 Packing = Literal["q_k_v", "q_kv", "qkv"]
 
@@ -32,7 +33,8 @@ def forward(ctx, packing: Packing, tensors, sequences, options, window_size_left
     sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = (alibi_slopes, dropout_p, softmax_scale, softcap)
     """
-    q, k, v = (ops.rows_last(x) for x in unpack(packing, tensors))
+    tensors = tuple(ops.rows_last(x) for x in tensors)
+    q, k, v = unpack(packing, tensors)
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = sequences
     alibi_slopes, dropout_p, softmax_scale, softcap = options
     rng_state = dropout_state(q, dropout_p)
@@ -40,7 +42,7 @@ def forward(ctx, packing: Packing, tensors, sequences, options, window_size_left
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None, None,
         alibi_slopes, rng_state, dropout_p, softmax_scale, window_size_left, window_size_right, softcap,
     )  # fmt: skip
-    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng_state)
+    ctx.save_for_backward(out, lse, cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng_state, *tensors)
     ctx.packing = packing
     ctx.lengths = (max_seqlen_q, max_seqlen_k)
     ctx.numbers = (dropout_p, softmax_scale, window_size_left, window_size_right, softcap, deterministic)
@@ -49,7 +51,8 @@ def forward(ctx, packing: Packing, tensors, sequences, options, window_size_left
 
 def backward(ctx, dout: Tensor, dlse: Tensor | None = None) -> tuple[Tensor, ...]:
     """Gradients of the tensors that went in, packed as they were."""
-    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng_state = ctx.saved_tensors
+    out, lse, cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng_state, *tensors = ctx.saved_tensors
+    q, k, v = unpack(ctx.packing, tuple(tensors))
     grads = _allocate_gradients(ctx.packing, q, k, v)
     dq, dk, dv = unpack(ctx.packing, grads)
     ops.backward(
@@ -82,7 +85,8 @@ class Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, dlse):
         if dout is None:
-            dout = torch.zeros_like(ctx.saved_tensors[3])
+            dout = torch.zeros_like(ctx.saved_tensors[0])
         return (*backward(ctx, dout, dlse), None, None, None, None, None)

@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 
 from flash_attn_plus import ops
+from flash_attn_plus.arguments import as_length, as_number, resolve_scale, window_bounds
 from flash_attn_plus.autograd import dropout_state
+from flash_attn_plus.derivatives import once_differentiable
 from flash_attn_plus.errors import InvalidArgument
-from flash_attn_plus.functional import as_length, autocast, window_bounds
-from flash_attn_plus.problem import AttentionInputs, AttentionProblem, describe, resolve_scale
+from flash_attn_plus.functional import autocast
+from flash_attn_plus.problem import AttentionInputs, AttentionProblem, describe
 
 _CALL = (
     "Tensor block_mask, SymInt block_q, SymInt block_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
@@ -102,6 +104,7 @@ class BlockSparseAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, dlse):
         """Gradients of q, k and v."""
         q, k, v, out, lse, block_mask, cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng_state = ctx.saved_tensors
@@ -168,6 +171,7 @@ def block_sparse_attention(
         as_length("max_seqlen_q", max_seqlen_q, cu_seqlens_q),
         as_length("max_seqlen_k", max_seqlen_k, cu_seqlens_k),
     )
+    dropout_p, softcap = as_number("dropout_p", dropout_p), as_number("softcap", softcap)
     numbers = dropout_p, scale, left, right, softcap
     tensors = cu_seqlens_q, cu_seqlens_k, alibi_slopes, dropout_state(q, dropout_p)
     out, lse = BlockSparseAttention.apply(q, k, v, block_mask, *tensors, (tuple(block_size), lengths), numbers)

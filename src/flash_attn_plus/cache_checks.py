@@ -67,6 +67,8 @@ def _check_cache(c: CacheCall) -> None:
     if c.k_cache.dtype != c.v_cache.dtype:
         raise InvalidArgument(f"k_cache and v_cache must have the same dtype: {c.k_cache.dtype}, {c.v_cache.dtype}")
     if c.block_table is not None:
+        if c.block_table.ndim != 2:
+            raise InvalidArgument(f"block_table must have shape (batch, max_blocks), not {tuple(c.block_table.shape)}")
         if c.cache_batch_idx is not None:
             raise InvalidArgument("Paged KVcache does not support cache_batch_idx; index block_table instead")
         if c.cache_leftpad is not None:

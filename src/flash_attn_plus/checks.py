@@ -3,6 +3,10 @@
 Messages are formed only when a rule is broken: these checks run on every call that was not seen before.
 """
 
+from collections.abc import Mapping
+from itertools import pairwise
+from math import inf
+
 import torch
 from torch import Tensor
 
@@ -10,8 +14,24 @@ from flash_attn_plus.errors import InvalidArgument
 from flash_attn_plus.problem import FLOAT_DTYPES, MAX_HEAD_DIM, AttentionInputs
 
 
+def refuse_strangers(arguments: Mapping[str, object]) -> None:
+    """Raise InvalidArgument for what should be a tensor, or None, and is of another type."""
+    for name, x in arguments.items():
+        if x is not None and not isinstance(x, Tensor):
+            raise InvalidArgument(f"{name} must be a tensor, not {type(x).__name__}; convert it with torch.as_tensor")
+
+
+def refuse_nested(*tensors: Tensor) -> None:
+    """Raise InvalidArgument for nested tensors, whose operators know nothing of attention's."""
+    if any(x.is_nested for x in tensors):
+        raise InvalidArgument(
+            "q, k and v must not be nested tensors; pass their values() with their offsets() as cu_seqlens, or call"
+            " flash_attention.flash_attention, which takes them"
+        )
+
+
 def _shape(sizes: tuple) -> str:
-    return "(" + ", ".join(str(s) for s in sizes) + ")"
+    return "(" + ", ".join(str(s) for s in sizes) + (",)" if len(sizes) == 1 else ")")
 
 
 def _same_device(name: str, x: Tensor, q: Tensor) -> None:
@@ -135,44 +155,79 @@ def check_arguments(x: AttentionInputs) -> None:
     _check_index("leftpad_k", x.leftpad_k, q, (batch,))
     if x.alibi_slopes is not None:
         _check_slopes(x.alibi_slopes, q, batch)
+    for name, number in (("softmax_scale", x.softmax_scale), ("softcap", x.softcap)):
+        if not -inf < number < inf:
+            raise InvalidArgument(f"{name} must be finite, not {number}")
     if not 0.0 <= x.dropout_p < 1.0:
         raise InvalidArgument(f"p_dropout must be in [0, 1), not {x.dropout_p}; pass a dropout_p below 1")
     if x.softcap > 0.0 and x.dropout_p > 0.0:
         raise InvalidArgument("Softcapping does not support dropout for now; set softcap or dropout_p to 0")
 
 
-def _check_lengths(side: str, cu: Tensor, total: int | None, longest: int) -> None:
-    name, steps = f"cu_seqlens_{side}", cu.diff()
-    if int(cu[0]) != 0:
-        raise InvalidArgument(f"{name} must start at 0, not {int(cu[0])}")
-    if bool((steps < 0).any()):
+def _check_starts(side: str, starts: list[int], total: int | None, longest: int | None) -> None:
+    name, lengths = f"cu_seqlens_{side}", [stop - start for start, stop in pairwise(starts)]
+    if starts[0] != 0:
+        raise InvalidArgument(f"{name} must start at 0, not {starts[0]}")
+    if min(lengths) < 0:
         raise InvalidArgument(f"{name} must not decrease; build it as the cumulative sum of the lengths")
-    if int(steps.max()) > longest:
+    if longest is not None and max(lengths) > longest:
         raise InvalidArgument(
-            f"max_seqlen_{side} is {longest}, but {name} holds a sequence of {int(steps.max())}; pass the true maximum"
+            f"max_seqlen_{side} is {longest}, but {name} holds a sequence of {max(lengths)}; pass the true maximum"
         )
-    if total is not None and int(cu[-1]) > total:
-        raise InvalidArgument(f"{name} ends at {int(cu[-1])}, beyond the {total} rows of {side}")
+    if total is not None and starts[-1] > total:
+        raise InvalidArgument(f"{name} ends at {starts[-1]}, beyond the {total} rows of {side}")
+
+
+def _check_used(x: AttentionInputs, room: list[int]) -> None:
+    """The keys that are used and skipped of each sequence, which has room for so many."""
+    used = room if x.seqused_k is None else x.seqused_k.tolist()
+    if any(not 0 <= n <= most for n, most in zip(used, room, strict=True)):
+        raise InvalidArgument(
+            f"lengths of the keys (seqused_k, cache_seqlens) must lie between 0 and {max(room)}, as many as there are,"
+            f" but reach from {min(used)} to {max(used)}"
+        )
+    skipped = [0] if x.leftpad_k is None else x.leftpad_k.tolist()
+    if min(skipped) < 0:
+        raise InvalidArgument(f"leftpad_k (cache_leftpad) must not be negative, but holds {min(skipped)}")
+
+
+def _check_pages_used(blocks: int, page: int, table: Tensor, lengths: list[int]) -> None:
+    columns, needed = table.shape[1], [-(-n // page) if page else 0 for n in lengths]
+    if min(lengths) < 0:
+        raise InvalidArgument(f"lengths of the keys (seqused_k, cache_seqlens) must not be negative: {min(lengths)}")
+    if max(needed) > columns:
+        raise InvalidArgument(
+            f"block_table has {columns} pages a sequence, but the longest needs {max(needed)}: it has {max(lengths)}"
+            f" keys, and there is room for {columns * page}"
+        )
+    ids = table[torch.arange(columns, device=table.device) < torch.tensor(needed, device=table.device)[:, None]]
+    if bool(((ids < 0) | (ids >= blocks)).any()):
+        raise InvalidArgument(
+            f"block_table holds a page id outside [0, {blocks}), or cache_batch_idx a row; check those in use"
+        )
+
+
+def check_lengths(x: AttentionInputs, max_seqlen_q: int, max_seqlen_k: int) -> None:
+    """Raise InvalidArgument where lengths or page ids lead out of a tensor; waits for the device they live on."""
+    if x.cu_seqlens_q is not None:
+        _check_starts("q", x.cu_seqlens_q.tolist(), x.q.shape[0], max_seqlen_q)
+    lengths = None
+    if x.cu_seqlens_k is not None:
+        starts = x.cu_seqlens_k.tolist()
+        total = x.k.shape[0] if x.block_table is None else None
+        _check_starts("k", starts, total, max_seqlen_k if x.seqused_k is None else None)
+        lengths = [stop - start for start, stop in pairwise(starts)]
+    if x.block_table is not None:
+        blocks, page = x.k.shape[:2]
+        used = lengths if x.seqused_k is None else x.seqused_k.tolist()
+        assert used is not None, "check_arguments sees to it"
+        _check_pages_used(blocks, page, x.block_table, used)
+    elif x.seqused_k is not None or x.leftpad_k is not None:
+        _check_used(x, lengths or [x.k.shape[1]] * x.k.shape[0])
 
 
 def check_values(x: AttentionInputs, max_seqlen_q: int, max_seqlen_k: int) -> None:
     """Debug mode: check what lies in device memory (lengths, page ids, slopes); costs a synchronisation."""
-    if x.cu_seqlens_q is not None:
-        _check_lengths("q", x.cu_seqlens_q, x.q.shape[0], max_seqlen_q)
-    if x.cu_seqlens_k is not None:
-        _check_lengths("k", x.cu_seqlens_k, None if x.block_table is not None else x.k.shape[0], max_seqlen_k)
-    if x.block_table is not None:
-        page, blocks, columns = x.k.shape[1], x.k.shape[0], x.block_table.shape[1]
-        lengths = x.seqused_k if x.seqused_k is not None else x.cu_seqlens_k.diff()
-        pages_used = (lengths + page - 1) // page
-        if int(pages_used.max()) > columns:
-            raise InvalidArgument(
-                f"block_table has {columns} pages a sequence, but the longest needs {int(pages_used.max())}"
-            )
-        ids = x.block_table[torch.arange(columns, device=x.q.device) < pages_used[:, None]]
-        if bool(((ids < 0) | (ids >= blocks)).any()):
-            raise InvalidArgument(
-                f"block_table holds a page id outside [0, {blocks}); check the pages of the sequences in use"
-            )
+    check_lengths(x, max_seqlen_q, max_seqlen_k)
     if x.alibi_slopes is not None and not bool(x.alibi_slopes.isfinite().all()):
         raise InvalidArgument("alibi_slopes holds NaN or infinity; pass finite slopes")

@@ -2,13 +2,14 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 try:  # none of these is public; without one of them every call goes through the dispatcher
     _modes = torch._C._len_torch_dispatch_stack
     _transforms = torch._C._functorch.peek_interpreter_stack
     _tracing = torch._C._get_tracing_state
     _profiler = torch.autograd.profiler
-    _CAN_TELL = isinstance(_profiler._is_profiler_enabled, bool)
+    _CAN_TELL = isinstance(_profiler._is_profiler_enabled, bool) and isinstance(forward_ad._current_level, int)
 except AttributeError:
     _CAN_TELL = False
 
@@ -20,10 +21,10 @@ def may_skip_dispatcher(*tensors: Tensor) -> bool:
     """
     if not _CAN_TELL or _modes() or _transforms() is not None or _tracing() is not None:
         return False
-    if _profiler._is_profiler_enabled:
+    if _profiler._is_profiler_enabled or forward_ad._current_level >= 0:
         return False
     is_recording = torch.is_grad_enabled()
     for x in tensors:  # noqa: SIM110 - half the time of any()
-        if type(x) is not Tensor or (is_recording and x.requires_grad):
+        if type(x) is not Tensor or x.is_meta or (is_recording and x.requires_grad):
             return False
     return True

@@ -4,37 +4,25 @@ import torch
 from torch import Tensor
 
 from flash_attn_plus import ops
+from flash_attn_plus.arguments import as_length, as_number, autocast_dtype, resolve_scale, window_bounds
 from flash_attn_plus.autograd import Attention, dropout_state
 from flash_attn_plus.checks import check_arguments
 from flash_attn_plus.errors import InvalidArgument
-from flash_attn_plus.problem import AttentionProblem, describe, resolve_scale
+from flash_attn_plus.problem import AttentionProblem, describe
 from flash_attn_plus.selection import Explanation, explain_problem
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype of the active autocast region; unchanged outside one."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    try:
+        dtype = autocast_dtype(tensors[0].device)
+    except AttributeError:
+        raise InvalidArgument(
+            f"q, k and v must be tensors, not {', '.join(type(x).__name__ for x in tensors)}"
+        ) from None
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.dtype in (torch.float32, torch.float16, torch.bfloat16) else x for x in tensors)
-
-
-def window_bounds(window_size, causal: bool) -> tuple[int, int]:
-    """(left, right) as integers; causal overrides the right bound only."""
-    if len(window_size) != 2:
-        raise InvalidArgument(f"window_size must be a pair (left, right), not {window_size!r}")
-    left, right = int(window_size[0]), int(window_size[1])
-    return left, 0 if causal else right
-
-
-def as_length(name: str, value: int | Tensor | None, cu_seqlens: Tensor | None) -> int:
-    """A maximal length as the integer that sizes grids; required with cu_seqlens."""
-    if value is None:
-        if cu_seqlens is not None:
-            raise InvalidArgument(f"{name} is required with cu_seqlens; pass the longest sequence's length as an int")
-        return 0
-    return int(value) if isinstance(value, Tensor) else value
 
 
 def separate(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -92,6 +80,7 @@ def attention(
     """
     q, k, v = autocast(q, k, v)
     softmax_scale = resolve_scale(softmax_scale, q)
+    dropout_p, softcap = as_number("dropout_p", dropout_p), as_number("softcap", softcap)
     left, right = window_bounds(window_size, causal)
     max_seqlen_q = as_length("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
     max_seqlen_k = as_length("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
@@ -127,7 +116,7 @@ def explain(
     """
     if isinstance(q, AttentionProblem):
         return explain_problem(q)
-    numbers = {"softcap": options.pop("softcap", 0.0), "dropout_p": options.pop("dropout_p", 0.0)}
+    softcap, dropout_p = (as_number(name, options.pop(name, 0.0)) for name in ("softcap", "dropout_p"))
     max_seqlen_q, max_seqlen_k = (
         as_length(f"max_seqlen_{s}", options.pop(f"max_seqlen_{s}", None), options.get(f"cu_seqlens_{s}")) for s in "qk"
     )
@@ -135,7 +124,7 @@ def explain(
     options.pop("return_lse", None)
     scale = options.pop("softmax_scale", None)
     q, k, v = autocast(q, k, v)
-    inputs = ops.AttentionInputs(q, k, v, resolve_scale(scale, q), **numbers, **options)
+    inputs = ops.AttentionInputs(q, k, v, resolve_scale(scale, q), softcap, dropout_p, **options)
     check_arguments(inputs)
     left, right = window_bounds(window_size, causal)
     return explain_problem(describe(inputs, max_seqlen_q, max_seqlen_k, left, right, backward, is_deterministic))

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from flash_attn_plus import cache_append, checks, device, env, ops
+from flash_attn_plus.arguments import as_integer, as_number, resolve_scale, window_bounds
 from flash_attn_plus.cache_checks import CacheCall, check_call, check_values
+from flash_attn_plus.derivatives import refuse_tangents
 from flash_attn_plus.dispatch import may_skip_dispatcher
-from flash_attn_plus.functional import window_bounds
+from flash_attn_plus.errors import InvalidArgument
 from flash_attn_plus.fused.path import uses_triton
-from flash_attn_plus.problem import AttentionInputs, resolve_scale
+from flash_attn_plus.problem import AttentionInputs
 from flash_attn_plus.selection import state
 
 
@@ -67,22 +69,35 @@ def attention_with_kvcache(
             seen on CPU and with FLASH_ATTENTION_DEBUG=1, since reading them from a GPU would wait for it; nothing is
             written outside the cache in any case.
     """
-    if isinstance(cache_seqlens, int):
-        cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
     left, right = window_bounds(window_size, causal)
     call = CacheCall(
-        q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table,
-        alibi_slopes, k_descale, v_descale, resolve_scale(softmax_scale, q),
-        left, right, softcap, rotary_interleaved, num_splits,
+        q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, lengths_of(cache_seqlens, q), cache_batch_idx, cache_leftpad,
+        block_table, alibi_slopes, k_descale, v_descale, resolve_scale(softmax_scale, q), left, right,
+        as_number("softcap", softcap), rotary_interleaved, as_integer("num_splits", num_splits),
     )  # fmt: skip
     out, lse = attend(call)
     return (out, lse) if return_lse else out
 
 
+def lengths_of(cache_seqlens: Any, q: Tensor) -> Tensor | None:
+    """One length for all sequences as the lengths of each; lengths of each, and None, stay what they are."""
+    if cache_seqlens is None:
+        return None
+    if isinstance(cache_seqlens, Tensor):
+        is_one = cache_seqlens.ndim == 0 and not cache_seqlens.is_floating_point()
+        return cache_seqlens.to(q.device, torch.int32).expand(q.shape[0]).contiguous() if is_one else cache_seqlens
+    length = as_integer("cache_seqlens", cache_seqlens)
+    if isinstance(length, int) and not 0 <= length < 2**31:
+        raise InvalidArgument(f"cache_seqlens must be a number of keys, or int32 (batch,), not {length}")
+    return torch.full((q.shape[0],), length, dtype=torch.int32, device=q.device)
+
+
 def attend(c: CacheCall) -> tuple[Tensor, Tensor]:
     """(out, LSE) of a call whose numbers are resolved."""
-    if not torch.compiler.is_compiling() and may_skip_dispatcher(c.q, c.k_cache, c.v_cache):
-        return run(c)
+    if not torch.compiler.is_compiling():
+        if may_skip_dispatcher(c.q, c.k_cache, c.v_cache):
+            return run(c)
+        refuse_tangents(c.q, c.k_cache, c.v_cache, c.k, c.v)
     if torch.is_grad_enabled():
         with torch.no_grad():
             return attend(c)
@@ -119,7 +134,8 @@ class _Plan:
         is_wide = c.k_cache.dtype == c.q.dtype
         self._must_widen = not is_wide and not (uses_triton(c.q) and device.reads_e4m3(c.q.device))
         self._forward: Callable[..., None] | None = None
-        self._append = cache_append.plan(c) if c.k is not None else None
+        # Of no new rows Triton would run no program, and nothing would tell the lengths.
+        self._append = cache_append.plan(c) if c.new > 0 or c.rotary_cos is not None else None
         self._is_recorded = not uses_triton(c.q)  # by autograd, which does not see what Triton's kernels do
         self._is_debug = env.debug()
         self._reads_lengths = c.k is not None and (self._is_debug or c.q.device.type == "cpu")
@@ -166,7 +182,11 @@ def run(c: CacheCall) -> tuple[Tensor, Tensor]:
     if q.is_cuda or v_cache.dtype != q.dtype:
         alignment = (q.data_ptr() | k_cache.data_ptr() | v_cache.data_ptr()) & 15
     fields: tuple[Any, ...] = c
-    tensors = [x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in fields[:_TENSORS]]
+    try:
+        tensors = [x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in fields[:_TENSORS]]
+    except AttributeError:
+        checks.refuse_strangers(dict(zip(c._fields[:_TENSORS], fields, strict=False)))
+        raise
     key = (*tensors, fields[_TENSORS:], alignment, state())
     plan = _plans.get(key)
     if plan is None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from flash_attn_plus import env
-from flash_attn_plus.checks import check_arguments, check_values
+from flash_attn_plus.checks import check_arguments, check_values, refuse_nested, refuse_strangers
+from flash_attn_plus.derivatives import refuse_tangents
 from flash_attn_plus.dispatch import may_skip_dispatcher
 from flash_attn_plus.errors import InvalidArgument
 from flash_attn_plus.problem import AttentionInputs, AttentionProblem, describe
@@ -134,12 +135,21 @@ def _forward(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k, block_table,
     alibi_slopes, rng_state, dropout_p, softmax_scale, window_size_left, window_size_right, softcap,
 ):  # fmt: skip
-    key = (
-        q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device,
-        v.shape, v.stride(), v.dtype, v.device, (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
-        max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, window_size_left, window_size_right, softcap, state(),
-        *map(_shape_of, (cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table, alibi_slopes, rng_state)),
-    )  # fmt: skip
+    try:
+        key = (
+            q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device,
+            v.shape, v.stride(), v.dtype, v.device, (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
+            max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, window_size_left, window_size_right, softcap, state(),
+            *map(_shape_of, (cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table, alibi_slopes, rng_state)),
+        )  # fmt: skip
+    except AttributeError:
+        refuse_strangers(
+            {
+                "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k,
+                "leftpad_k": leftpad_k, "block_table": block_table, "alibi_slopes": alibi_slopes,
+            }
+        )  # fmt: skip
+        raise
     plan = _plans.get(key)
     if plan is None:
         return _forward_unplanned(
@@ -267,8 +277,11 @@ _backward_operator = torch.ops.flash_attn_plus.backward.default
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *rest) -> tuple[Tensor, Tensor]:
     """(out, lse) by the operator; the arguments are those of its schema."""
-    if not torch.compiler.is_compiling() and may_skip_dispatcher(q, k, v):
-        return _forward(q, k, v, *rest)
+    if not torch.compiler.is_compiling():
+        if may_skip_dispatcher(q, k, v):
+            return _forward(q, k, v, *rest)
+        refuse_nested(q, k, v)
+        refuse_tangents(q, k, v)
     return _forward_operator(q, k, v, *rest)
 
 

@@ -75,13 +75,6 @@ class AttentionInputs(NamedTuple):
     block_size: tuple[int, int] = (0, 0)  # queries and keys of a block of block_mask
 
 
-def resolve_scale(softmax_scale: float | None, q: Tensor) -> float:
-    """The factor on q k^T, d ** -0.5 unless given; a head dim of 0, which checks refuse, gets one too."""
-    if softmax_scale is not None:
-        return softmax_scale
-    return q.shape[-1] ** -0.5 if q.shape[-1] else 1.0
-
-
 def normalize_band(left: int, right: int, seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
     """The same mask with bounds that cannot bind turned into -1, so that kernels skip them."""
     if left < 0 or left >= seqlen_k - 1:  # the diagonal never lies beyond the last key

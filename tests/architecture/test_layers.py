@@ -7,7 +7,7 @@ from source_tree import DROPIN, ENGINE, MODULES, imported_at_load, imported_modu
 
 # Lowest first. A module may import its own layer and lower ones; `selection` names backends as strings only.
 LAYERS = (
-    {"errors", "env", "kernels"},
+    {"arguments", "derivatives", "env", "errors", "kernels"},
     {"device", "dispatch", "dropout", "problem"},
     {"cache_checks", "checks"},
     {"tuning"},

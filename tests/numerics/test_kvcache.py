@@ -313,3 +313,18 @@ def test_no_new_keys_and_no_lengths(backend, device):
         ]
     assert same_bits(results[0], results[1])
     assert same_bits(results[1], results[2])
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["append", "rotary"])
+def test_an_append_of_no_rows_attends_the_old_ones(backend, name, device):
+    setup = make("dense", name, torch.float32, device)
+    empty = setup._replace(k=setup.k[:, :0], v=setup.v[:, :0])
+    without = setup._replace(k=None, v=None, options=dict(setup.options))
+    if name == "rotary":  # turns the queries all the same, and a turn of 0 leaves them
+        for table, value in (("rotary_cos", 1.0), ("rotary_sin", 0.0)):
+            empty.options[table] = torch.full_like(empty.options[table], value)
+            del without.options[table]
+    with use_backend(backend):
+        results = [call(x) for x in (empty, without)]
+    assert all(same_bits(*pair) for pair in zip(*results, strict=True))

@@ -108,11 +108,11 @@ BAD = {
     "cu_seqlens_q dtype": (packed(cu_seqlens_q=ints(0, 4, 10).long()), "cu_seqlens_q must have dtype int32"),
     "cu_seqlens_q rank": (packed(cu_seqlens_q=ints(0, 4, 10)[None]), "cu_seqlens_q must have shape"),
     "cu_seqlens_q strides": (packed(cu_seqlens_q=ints(0, 0, 4, 4, 10, 10)[::2]), "cu_seqlens_q must be contiguous"),
-    "cu_seqlens_k size": (packed(cu_seqlens_k=ints(0, 14)), r"cu_seqlens_k must have shape \(3\)"),
+    "cu_seqlens_k size": (packed(cu_seqlens_k=ints(0, 14)), r"cu_seqlens_k must have shape \(3,\)"),
     "cu_seqlens_k device": (packed(cu_seqlens_k=ints(0, 7, 14).to("meta")), "cu_seqlens_k must be on cpu"),
-    "seqused_k size": (dense(seqused_k=ints(1)), r"seqused_k must have shape \(2\)"),
+    "seqused_k size": (dense(seqused_k=ints(1)), r"seqused_k must have shape \(2,\)"),
     "seqused_k dtype": (dense(seqused_k=torch.ones(2)), "seqused_k must have dtype int32"),
-    "leftpad_k size": (dense(leftpad_k=ints(1, 1, 1)), r"leftpad_k must have shape \(2\)"),
+    "leftpad_k size": (dense(leftpad_k=ints(1, 1, 1)), r"leftpad_k must have shape \(2,\)"),
     "block_table dtype": (paged(block_table=torch.zeros(2, 2).long()), "block_table must have dtype torch.int32"),
     "block_table batch": (paged(block_table=ints(1, 2, 3).view(3, 1)), r"block_table must have shape \(2, max_blocks"),
     "block_table strides": (paged(block_table=ints(1, 2, 3, 4).view(2, 2).t()), "block_table must have contiguous"),
@@ -125,6 +125,8 @@ BAD = {
     "alibi device": (dense(alibi_slopes=torch.zeros(4, device="meta")), "alibi_slopes must be on cpu"),
     "dropout of one": (dense(dropout_p=1.0), "p_dropout must be in"),
     "negative dropout": (dense(dropout_p=-0.1), "p_dropout must be in"),
+    "scale that is no number": (_changed(softmax_scale=float("nan")), "softmax_scale must be finite"),
+    "endless softcap": (dense(softcap=float("inf")), "softcap must be finite"),
     "softcap and dropout": (dense(softcap=2.0, dropout_p=0.1), "Softcapping does not support dropout"),
 }
 
@@ -143,6 +145,9 @@ BAD_VALUES = {
     "beyond": (packed(cu_seqlens_q=ints(0, 6, 11)), "cu_seqlens_q ends at 11, beyond the 10 rows of q"),
     "too few pages": (paged(seqused_k=ints(3, 9)), "block_table has 2 pages a sequence, but the longest needs 3"),
     "page id": (paged(block_table=ints(1, 2, 3, 9).view(2, 2)), r"block_table holds a page id outside \[0, 9\)"),
+    "negative lengths": (paged(seqused_k=ints(3, -1)), "must not be negative: -1"),
+    "lengths beyond the keys": (dense(seqused_k=ints(7, 8)), "must lie between 0 and 7"),
+    "negative padding": (dense(leftpad_k=ints(0, -2)), "must not be negative, but holds -2"),
     "slope": (dense(alibi_slopes=torch.tensor([0.1, 0.2, torch.nan, 0.3])), "alibi_slopes holds NaN"),
 }
 

@@ -8,9 +8,9 @@ import torch
 
 from flash_attn._softmax_dump import softmax_dump
 from flash_attn_plus import autograd, ops
+from flash_attn_plus.arguments import as_length, as_number, resolve_scale, window_bounds
+from flash_attn_plus.derivatives import once_differentiable
 from flash_attn_plus.errors import InvalidArgument
-from flash_attn_plus.functional import as_length, window_bounds
-from flash_attn_plus.problem import resolve_scale
 
 DENSE = (None, None, 0, 0)
 _SHAPES = {
@@ -28,15 +28,16 @@ def _check_packing(packing, tensors, sequences) -> None:
         raise InvalidArgument(f"{_SHAPES[packing, is_dense]}, not {tuple(packed.shape)}")
 
 
-def _resolve(packing, tensors, sequences, softmax_scale, causal, window_size):
-    """sequences with integer lengths, the scale, and the band."""
+def _resolve(packing, tensors, sequences, dropout_p, softmax_scale, softcap, causal, window_size):
+    """sequences with integer lengths, the three numbers, and the band."""
     if packing != "q_k_v":
         _check_packing(packing, tensors, sequences)
     if sequences[0] is not None:
         cu_q, cu_k, longest_q, longest_k = sequences
         sequences = (cu_q, cu_k, as_length("max_seqlen_q", longest_q, cu_q), as_length("max_seqlen_k", longest_k, cu_k))
-    softmax_scale = resolve_scale(softmax_scale, tensors[0])
-    return sequences, softmax_scale, *window_bounds(window_size, causal)
+    dropout_p, softcap = as_number("dropout_p", dropout_p), as_number("softcap", softcap)
+    scale = resolve_scale(softmax_scale, tensors[0])
+    return sequences, dropout_p, scale, softcap, *window_bounds(window_size, causal)
 
 
 def _with_probabilities(out, lse, q, k, sequences, rng_state, alibi_slopes, dropout_p, scale, left, right, block_table):
@@ -58,7 +59,9 @@ def attend(
     tensors = (qkv,), (q, kv) or (q, k, v) as `packing` says;
     sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), or DENSE.
     """
-    sequences, scale, left, right = _resolve(packing, tensors, sequences, softmax_scale, causal, window_size)
+    sequences, dropout_p, scale, softcap, left, right = _resolve(
+        packing, tensors, sequences, dropout_p, softmax_scale, softcap, causal, window_size
+    )
     q, k, v = autograd.unpack(packing, tensors)
     rng_state = autograd.dropout_state(q, dropout_p)
     out, lse = ops.forward(
@@ -86,7 +89,9 @@ def _forward(
             packing, tensors, sequences, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
             return_softmax, block_table,
         )  # fmt: skip
-    sequences, scale, left, right = _resolve(packing, tensors, sequences, softmax_scale, causal, window_size)
+    sequences, dropout_p, scale, softcap, left, right = _resolve(
+        packing, tensors, sequences, dropout_p, softmax_scale, softcap, causal, window_size
+    )
     options = (alibi_slopes, dropout_p, scale, softcap)
     out, lse, rng_state = autograd.forward(ctx, packing, tensors, sequences, options, left, right, deterministic)
     if not return_softmax:
@@ -95,6 +100,7 @@ def _forward(
     return _with_probabilities(out, lse, q, k, sequences, rng_state, alibi_slopes, dropout_p, scale, left, right, None)
 
 
+@once_differentiable
 def _backward(ctx, dout, others: int):
     """Gradients of the tensors, packed as they came in, then None for the `others`."""
     if ctx.refusal is not None:

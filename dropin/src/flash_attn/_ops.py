@@ -13,8 +13,8 @@ _RANDOM = (torch.Tag.nondeterministic_seeded,)
 
 
 def maybe_contiguous(x):
-    """x itself when it is None or its last stride is 1, else a contiguous copy."""
-    return x.contiguous() if x is not None and x.stride(-1) != 1 else x
+    """x itself when it is None or its last stride is 1, else a contiguous copy; checks refuse what is no tensor."""
+    return x.contiguous() if isinstance(x, Tensor) and x.stride(-1) != 1 else x
 
 
 @torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=(), tags=_RANDOM)

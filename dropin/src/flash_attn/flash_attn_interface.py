@@ -33,8 +33,9 @@ from flash_attn._ops import (
     maybe_contiguous,
 )
 from flash_attn._softmax_dump import _get_block_size_n, round_multiple
+from flash_attn_plus.arguments import as_integer, as_number, autocast_dtype, resolve_scale, window_bounds
 from flash_attn_plus.functional import autocast, separate
-from flash_attn_plus.problem import resolve_scale
+from flash_attn_plus.kvcache import lengths_of
 
 USE_TRITON_ROCM = False  # callers read it to skip what the original's AMD backend lacks; nothing is lacking here
 
@@ -328,22 +329,20 @@ def flash_attn_with_kvcache(
     """
     assert k_cache.stride(-1) == 1, "k_cache must have contiguous last dimension"
     assert v_cache.stride(-1) == 1, "v_cache must have contiguous last dimension"
-    if torch.is_autocast_enabled(q.device.type):  # the caches are written in place, so all follow their dtype
+    if autocast_dtype(q.device) is not None:  # the caches are written in place, so all follow their dtype
         q, k, v, rotary_cos, rotary_sin = (
             x if x is None else x.to(k_cache.dtype) for x in (q, k, v, rotary_cos, rotary_sin)
         )
-    if isinstance(cache_seqlens, int):
-        cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=k_cache.device)
     if k is not None or block_table is not None:
         k, v, rotary_cos, rotary_sin, block_table = map(maybe_contiguous, (k, v, rotary_cos, rotary_sin, block_table))
-    left, right = window_size
+    left, right = window_bounds(window_size, causal)
     out, lse = flash_attn_gpu.fwd_kvcache(
         maybe_contiguous(q),
         k_cache,
         v_cache,
         k,
         v,
-        cache_seqlens,
+        lengths_of(cache_seqlens, q),
         rotary_cos,
         rotary_sin,
         maybe_contiguous(cache_batch_idx),
@@ -353,10 +352,10 @@ def flash_attn_with_kvcache(
         None,
         resolve_scale(softmax_scale, q),
         causal,
-        int(left),
-        int(right),
-        softcap,
+        left,
+        right,
+        as_number("softcap", softcap),
         rotary_interleaved,
-        num_splits,
+        as_integer("num_splits", num_splits),
     )
     return (out, lse) if return_softmax_lse else out

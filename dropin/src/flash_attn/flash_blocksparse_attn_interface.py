@@ -4,10 +4,10 @@ import torch
 
 from flash_attn._softmax_dump import TILE, _padded
 from flash_attn_plus import autograd, block_sparse, ops
+from flash_attn_plus.arguments import as_length, as_number, resolve_scale
+from flash_attn_plus.derivatives import once_differentiable
 from flash_attn_plus.dropout import keep_mask
 from flash_attn_plus.errors import InvalidArgument
-from flash_attn_plus.functional import as_length
-from flash_attn_plus.problem import resolve_scale
 
 BLOCK_SIZE = (16, 256)
 
@@ -46,6 +46,7 @@ def _forward(ctx, qkv, cu_seqlens, blockmask, dropout_p, max_s, softmax_scale, c
         raise InvalidArgument(f"qkv must have shape (total, 3, heads, head_dim), not {tuple(qkv.shape)}")
     qkv, max_s = ops.rows_last(qkv), as_length("max_s", max_s, cu_seqlens)
     blocks = _visible_blocks(blockmask, max_s)
+    dropout_p = as_number("dropout_p", dropout_p)
     rng_state = autograd.dropout_state(qkv, dropout_p)
     scale = resolve_scale(softmax_scale, qkv)
     ctx.call = BLOCK_SIZE, (max_s, max_s), (dropout_p, scale, -1, 0 if causal else -1, 0.0)
@@ -61,6 +62,7 @@ def _arguments(ctx, blocks, cu_seqlens, rng_state):
     return blocks, *block_size, cu_seqlens, cu_seqlens, *lengths, None, rng_state, *numbers
 
 
+@once_differentiable
 def _backward(ctx, dout):
     """Gradients of `apply`'s arguments: that of qkv is one tensor, into whose slices dq, dk and dv go."""
     qkv, *tensors, out, lse = ctx.saved_tensors

@@ -7,6 +7,7 @@ from flash_attn_plus.backends import torch_blocks, torch_cpu_flash, torch_tiles
 from flash_attn_plus.backends.base import Backend, Capability
 from flash_attn_plus.backends.torch_band import Band
 from flash_attn_plus.backends.torch_segments import Segment, segments
+from flash_attn_plus.checks import check_lengths
 from flash_attn_plus.problem import FLOAT_DTYPES, MAX_HEAD_DIM, AttentionInputs, AttentionProblem
 
 
@@ -51,6 +52,7 @@ class TorchEager(Backend):
     @torch.no_grad()
     def forward(self, problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:
         """Write every row of `out` and `lse`."""
+        check_lengths(inputs, problem.seqlen_q, problem.seqlen_k)
         rows = 0
         for part in segments(problem, inputs):
             rows += part.size * part.len_q
@@ -84,6 +86,7 @@ class TorchEager(Backend):
         delta: Tensor,
     ) -> None:
         """Write every row of dq, dk, dv and delta."""
+        check_lengths(inputs, problem.seqlen_q, problem.seqlen_k)
         rows = keys = 0
         for part in segments(problem, inputs):
             rows += part.size * part.len_q

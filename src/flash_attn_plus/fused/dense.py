@@ -5,9 +5,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from flash_attn_plus.arguments import autocast_dtype
 from flash_attn_plus.fused.activation import activation_backward, activation_forward
 from flash_attn_plus.fused.collective import all_gather, all_reduce, reduce_scatter
-from flash_attn_plus.fused.norm_autograd import autocast_dtype
 
 
 def _cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

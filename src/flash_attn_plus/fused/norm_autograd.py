@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from flash_attn_plus.arguments import autocast_dtype
+from flash_attn_plus.derivatives import once_differentiable
 from flash_attn_plus.errors import InvalidArgument
 from flash_attn_plus.fused.norm import norm_backward, norm_forward, rows_of
 
@@ -70,6 +72,7 @@ class NormFunction(torch.autograd.Function):
         return results[0] if len(results) == 1 else tuple(results)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, *more):
         t, weight, bias, weight1, bias1, rowscale, seeds, mean, rstd = ctx.saved_tensors
         cols = ctx.shape[-1]
@@ -82,11 +85,6 @@ class NormFunction(torch.autograd.Function):
         )  # fmt: skip
         dx, dresidual, dx1 = (_shaped(g, ctx.shape) for g in (dx, dresidual, dx1))
         return dx, dweight, dbias, dresidual, dx1, dweight1, dbias1, *[None] * 11
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of the active autocast region of the device type, or None outside one."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 class NormLinearFunction(torch.autograd.Function):
@@ -119,6 +117,7 @@ class NormLinearFunction(torch.autograd.Function):
         return out, x if t is flat else t.reshape(shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, *more):
         t, norm_weight, norm_bias, weight, mean, rstd = ctx.saved_tensors
         has_residual, is_rms_norm, prenorm = ctx.flags
