@@ -169,6 +169,25 @@ def test_a_file_that_is_no_result_is_refused(tmp_path):
             results.read_csv(other)
 
 
+@pytest.mark.parametrize("time", ["0", "-3", "nan", "inf", "fast"])
+def test_an_earlier_time_that_is_none_is_refused(time, tmp_path, capsys):
+    old = tmp_path / "old.csv"
+    assert main(["bench", "prefill", *SIZES, "--providers", "ours: torch", "--csv", str(old)]) == 0
+    old.write_text(old.read_text().replace(",ok,2.0,", f",ok,{time},"))
+    with pytest.raises(InvalidArgument, match=r"old\.csv cannot be read"):
+        results.read_csv(old)
+
+
+def test_a_plot_that_cannot_be_written_is_refused_before_anything_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(bench, "run_one", None)
+    (tmp_path / "folder.png").mkdir()
+    assert main(["bench", "--plot", str(tmp_path / "folder.png")]) == 2
+    assert "folder.png cannot be written (Is a directory)" in capsys.readouterr().err
+    results.check_output("--csv", tmp_path / "new.csv")
+    assert [p.name for p in tmp_path.iterdir()] == ["folder.png"]  # a file that could be written is not left behind
+
+
 def test_a_plot_is_drawn(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "folder" / "new.png"
@@ -184,7 +203,7 @@ def test_without_matplotlib_the_plot_is_refused_before_anything_runs(monkeypatch
 
 
 def test_what_the_time_does_not_reach_is_told(capsys):
-    assert main(["bench", "prefill", *SIZES, *BOTH, "--seconds", "0"]) == 0
+    assert main(["bench", "prefill", *SIZES, *BOTH, "--seconds", "1e-9"]) == 0
     text = capsys.readouterr().out
     assert "not run: SDPA: the time was up (b=2 s=40 h=4 hk=2 d=16)" in text
 

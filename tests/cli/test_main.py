@@ -68,6 +68,12 @@ def test_the_engine_does_not_import_its_command_line(plain_environment):
         (["verify", "--backend", "tritn"], "--backend tritn is unknown; choose one of gluon, triton"),
         (["verify", "--seconds", "0"], "--seconds must be positive"),
         (["verify", "--device", "toaster"], "--device=toaster names no device"),
+        (["verify", "--seconds", "nan"], "--seconds must be positive, not nan"),
+        (["bench", "--seconds", "-1"], "--seconds must be positive, not -1"),
+        (["bench", "--dtype", "fp64"], "choose bf16, fp16 or fp32"),
+        (["bench", "--csv", "."], "--csv . cannot be written (Is a directory)"),
+        (["bench", "--csv", f"{__file__}/new.csv"], "new.csv cannot be written"),
+        (["info", "--explain", "b=1000000 s=1000000000 h=1000000"], "no tensor has the shape (1000000, 1000000000,"),
         (["bench", "flight"], "flight is no suite; choose among prefill"),
         (["bench", "--lengths", "many"], "--lengths needs a positive integer"),
         (["bench", "--heads", "8", "--heads-k", "3"], "--heads 8 is no multiple of --heads-k 3"),
@@ -107,6 +113,23 @@ def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
     monkeypatch.setattr(info, "run", interrupt)
     assert main(["info"]) == 130
     assert capsys.readouterr().err == "flash-attn-plus info: interrupted\n"
+
+
+def test_closed_streams_are_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["info", "--explain", "s=64 device=cpu"]) == 0
+    assert main(["info", "--explain", "foo"]) == 2
+    sys.stdout.close(), sys.stderr.close()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full disk to write to")
+def test_a_full_disk_is_no_traceback(plain_environment):
+    command = [*COMMAND, "info", "--json", "--explain", "s=64 device=cpu"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, env=plain_environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "flash-attn-plus info: [Errno 28] No space left on device\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

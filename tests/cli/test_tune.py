@@ -131,6 +131,7 @@ def test_a_table_is_extended_and_its_old_choices_replaced(tmp_path):
     def found(best, seqlen):
         return tune.Found(task._replace(case=CASE._replace(seqlen_k=seqlen)), default, best, 2.0, 1.0, 4, 0)
 
+    path.parent.mkdir()
     tune.save(path, [], [found(other, 32), found(other, 64)], "interpreter", CPU)
     known = table.parse("", path.read_text())
     assert [(e.seqlen, e.config) for e in known] == [(32, other), (64, other)]
@@ -154,6 +155,8 @@ def test_without_an_accelerator_there_is_nothing_to_search(capsys):
         (["--dtype", "int4"], "--dtype=int4 is no dtype"),
         (["--dtype", "bf16"], "does not serve forward d=64 s=1024 causal bf16: dtype bfloat16"),
         (["--jobs", "0"], "--jobs must be positive"),
+        (["--seconds", "0"], "--seconds must be positive"),
+        (["--dtype", "fp16", "--out", "."], "--out . cannot be written"),
     ],
 )
 def test_mistakes_get_a_sentence(arguments, why, capsys, monkeypatch):

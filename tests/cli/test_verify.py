@@ -72,6 +72,7 @@ def test_backends_that_are_not_here_are_told_with_the_reason(small, capsys):
     code, found = run(capsys)
     assert code == 0
     assert found["absent"]["gluon"]
+    assert verify.available(torch.device("cpu"), ["torch", "torch"])[0] == ["torch"]  # asked for twice, checked once
     assert main(["verify", "--device", "cpu", "--backend", "gluon"]) == 2
     assert "no backend runs on cpu (gluon:" in capsys.readouterr().err
 

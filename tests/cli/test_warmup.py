@@ -1,9 +1,12 @@
 """`warmup` compiles what a call will look up, and nothing twice."""
 
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -149,6 +152,22 @@ def test_tiles_that_do_not_fit_are_followed_by_the_next_choice(cache, monkeypatc
     choices.append(TileConfig(16, 16, 1, 1))
     assert ahead.compile_job(job).error is None
     assert len(list(tmp_path.rglob("*.cubin"))) == 2
+
+
+def test_an_interrupt_ends_the_processes_and_leaves_the_telling_to_this_one():
+    before = signal.getsignal(signal.SIGINT)
+    with ahead._without_interrupts():
+        child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+        child.start()
+    assert signal.getsignal(signal.SIGINT) is before
+    os.kill(child.pid, signal.SIGINT)  # as a terminal does, which tells every process of the command
+    child.join(0.2)
+    assert child.is_alive()
+    ahead._end_children(RuntimeError)
+    assert child.is_alive()
+    ahead._end_children(KeyboardInterrupt)
+    child.join(30)
+    assert child.exitcode == -signal.SIGTERM
 
 
 def test_nothing_stays_changed(cache):

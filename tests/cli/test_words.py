@@ -57,6 +57,10 @@ def test_shapes_without_contents_describe_what_real_tensors_do():
         ("b=0", "b needs a positive integer, such as b=8, not '0'"),
         ("b=two", "b needs a positive integer"),
         ("b", "b needs a positive integer"),
+        ("s=00", "s needs a positive integer"),
+        ("s=2147483648", "s=2147483648 is too large; give at most 2147483647"),
+        ("h=" + "9" * 5000, "h=99999999999999999999 is too large"),
+        ("b=1048577 varlen", "give at most 1048576 sequences"),
         ("b=1 b=2", "b is given twice"),
         ("causal=1", "causal takes no value"),
         ("window=3", "window needs two integers, such as window=128,0"),
@@ -93,5 +97,7 @@ def test_lengths_of_a_model_are_a_range():
     assert words.read("s=1..64 decode", words.MODEL_WORDS) == {"s": (1, 64), "decode": True}
     with pytest.raises(InvalidArgument, match=r"s=64\.\.1 ends before it begins; write s=1\.\.64"):
         words.read("s=64..1", words.MODEL_WORDS)
+    with pytest.raises(InvalidArgument, match="b=1048577 is too large"):
+        words.read("b=1..1048577", words.MODEL_WORDS)
     with pytest.raises(InvalidArgument, match="s needs a positive integer"):
         words.read("s=1..", words.MODEL_WORDS)

@@ -6,6 +6,8 @@ No device is touched, which is why a kernel can be compiled by many processes at
 
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -305,6 +307,26 @@ def triton_failures() -> tuple[type[BaseException], ...]:
     return (TritonError, OutOfResources)
 
 
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that start within the block leave Ctrl-C to this one, which ends them without their tracebacks."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _end_children(kind: type[BaseException] | None, *_rest: object) -> None:
+    """Let an interrupt not wait for kernels that are half compiled."""
+    if kind is KeyboardInterrupt:
+        for child in multiprocessing.active_children():
+            child.terminate()
+
+
 def compile_all(jobs: list[Job], processes: int, told: Callable[[Done], None]) -> list[Done]:
     """Compile every job in that many processes, one thread each; `told` hears of each as it is done."""
     found = []
@@ -313,13 +335,14 @@ def compile_all(jobs: list[Job], processes: int, told: Callable[[Done], None]) -
             results: Iterable[Done] = map(compile_job, jobs)
         else:
             context = multiprocessing.get_context("spawn")  # a forked process inherits a device it must not use
+            workers = min(processes, len(jobs))
             pool = stack.enter_context(
-                ProcessPoolExecutor(
-                    min(processes, len(jobs)), context, initializer=torch.set_num_threads, initargs=(1,)
-                )
+                ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,))
             )
             stack.callback(pool.shutdown, cancel_futures=True)
-            futures = [pool.submit(compile_job, job) for job in jobs]
+            stack.push(_end_children)
+            with _without_interrupts():
+                futures = [pool.submit(compile_job, job) for job in jobs]
             results = (future.result() for future in as_completed(futures))
         for done in results:
             told(done)

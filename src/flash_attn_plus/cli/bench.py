@@ -106,8 +106,13 @@ def run(arguments: argparse.Namespace) -> int:
     where = words.read_device("--device", arguments.device) if arguments.device else words.default_device()
     default = "fp32" if where.type == "cpu" else "bf16"
     dtype = words.read_dtype("--dtype", arguments.dtype or default)
+    if dtype == torch.float64:
+        raise InvalidArgument("--dtype fp64 is what results are held to; choose bf16, fp16 or fp32")
+    words.check_seconds(arguments.seconds)
     shapes = plan(arguments, where, dtype)
     earlier = results.read_csv(arguments.against) if arguments.against else ({}, "")
+    if arguments.csv:
+        results.check_output("--csv", arguments.csv)
     if arguments.plot:
         results.check_plot(arguments.plot)
     found, absent = providers.available(where, dtype, asked_providers(arguments.providers))
@@ -116,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InvalidArgument(f"none of the providers runs here ({told})")
     start, roof = time.monotonic(), measure.roofline(where, dtype)
     about = {
-        "device": device_name(where), "matmul_tflops": round(roof.tflops, 2), "copy_gbps": round(roof.gbps, 1),
+        "device": device_name(where), "matmul_tflops": _short(roof.tflops), "copy_gbps": _short(roof.gbps),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "versions": " ".join(f"{k}={v}" for k, v in versions().items() if k in ("flash_attn_plus", "torch", "triton")),
     }  # fmt: skip

@@ -47,6 +47,7 @@ def _check_environment() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    _open_missing_streams()
     arguments = build_parser().parse_args(argv)
     try:
         _check_environment()
@@ -59,6 +60,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM} {arguments.command}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of the pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
+    except OSError as error:  # a disk that is full, a file that went away
+        _discard_output()
+        print(f"{PROGRAM} {arguments.command}: {error}", file=sys.stderr)
+        return 2
     return code
+
+
+def _open_missing_streams() -> None:
+    """Where the caller closed stdout or stderr, write to nowhere."""
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 # until the process ends
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def _discard_output() -> None:
+    """Let what stdout still holds go nowhere, so that the end of the process does not fail on it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

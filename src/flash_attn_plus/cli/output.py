@@ -7,6 +7,7 @@ Control codes appear only where stderr is a terminal and `rich`, an optional pac
 import argparse
 import importlib
 import json
+import os
 import shutil
 import sys
 import textwrap
@@ -100,7 +101,7 @@ class Progress(AbstractContextManager):
         self._label, self._total, self._done, self._told = label, total, 0, time.monotonic()
         self._what = ""
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):  # there rich would show nothing
             try:
                 self._bar = _rich_bar(importlib.import_module("rich.progress"), importlib.import_module("rich.console"))
             except ImportError:
@@ -111,7 +112,7 @@ class Progress(AbstractContextManager):
             self._bar.start()
             self._task = self._bar.add_task(self._label, total=self._total, what="")
         else:
-            print(f"{self._label}: {self._total} steps", file=sys.stderr, flush=True)
+            print(f"{self._label}: {self._total} step{'s'[: self._total != 1]}", file=sys.stderr, flush=True)
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,6 @@ class Row(NamedTuple):
 
 def write_csv(path: Path, rows: list[Row], about: dict[str, Any]) -> None:
     """Write the rows, each with the columns of `about` (device, versions, rates of the machine)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*Row._fields, *about])
         writer.writeheader()
@@ -46,11 +46,26 @@ def read_csv(path: Path) -> tuple[dict[tuple[str, str, str, str], float], str]:
         if not rows or not set(Row._fields) <= rows[0].keys():
             raise InvalidArgument(f"--against {path} is no result of `flash-attn-plus bench --csv`; write one with it")
         times = {(r["suite"], r["case"], r["dtype"], r["provider"]): float(r["ms"]) for r in rows if r["ms"]}
+        for ms in times.values():
+            if not 0 < ms < math.inf:
+                raise ValueError(f"a time of {ms} ms")
     except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
         if isinstance(error, InvalidArgument):
             raise
         raise InvalidArgument(f"--against {path} cannot be read ({error}); write one with `bench --csv`") from error
     return times, rows[0].get("device") or "an unknown device"
+
+
+def check_output(option: str, path: Path) -> None:
+    """Raise InvalidArgument, before anything is measured, when a file cannot be written; makes its folder."""
+    is_new = not path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        raise InvalidArgument(f"{option} {path} cannot be written ({error.strerror}); name another file") from error
+    if is_new:
+        path.unlink()
 
 
 def check_plot(path: Path) -> None:
@@ -61,6 +76,7 @@ def check_plot(path: Path) -> None:
         )
     if path.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise InvalidArgument(f"--plot {path} should end in .png, .pdf or .svg")
+    check_output("--plot", path)
 
 
 def plot(path: Path, rows: list[Row], title: str) -> None:
@@ -87,5 +103,4 @@ def plot(path: Path, rows: list[Row], title: str) -> None:
         axis.set_xlim(-0.5, len(cases) - 0.5)
     if suites:
         axes[0].legend(fontsize="small", ncols=3)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

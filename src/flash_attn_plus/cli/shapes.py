@@ -1,5 +1,6 @@
 """The tensors of a case without their contents, on PyTorch's meta device: what checks, choice and launches look at."""
 
+import math
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -7,10 +8,12 @@ import torch
 from torch import Tensor
 
 from flash_attn_plus.checks import check_arguments
+from flash_attn_plus.errors import InvalidArgument
 from flash_attn_plus.problem import AttentionInputs, AttentionProblem, describe
 from flash_attn_plus.testing import Case
 
 META = torch.device("meta")
+_MOST_ELEMENTS = 1 << 56  # of a tensor: PyTorch counts its bytes in 63 bits
 
 
 class Shapes(NamedTuple):
@@ -34,6 +37,8 @@ def shapes_of(case: Case, dtype: torch.dtype) -> Shapes:
     """The call of a case; raises InvalidArgument with the engine's own sentence where it breaks the contract."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        if math.prod(shape) > _MOST_ELEMENTS:
+            raise InvalidArgument(f"no tensor has the shape {shape}; give smaller sizes")
         return torch.empty(shape, dtype=dtype, device=META)
 
     def integers(*shape: int) -> Tensor:

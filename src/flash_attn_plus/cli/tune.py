@@ -18,7 +18,7 @@ import torch
 
 from flash_attn_plus import device, ops, selection
 from flash_attn_plus.backends.triton_portable import is_interpreted
-from flash_attn_plus.cli import ahead, measure, output, words
+from flash_attn_plus.cli import ahead, measure, output, results, words
 from flash_attn_plus.cli.info import processor, versions
 from flash_attn_plus.errors import InvalidArgument
 from flash_attn_plus.testing import Case, assert_matches_reference, make_inputs
@@ -244,13 +244,15 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if arguments.jobs is not None and arguments.jobs < 1:
         raise InvalidArgument(f"--jobs must be positive, not {arguments.jobs}")
+    words.check_seconds(arguments.seconds)
     start, facts = time.monotonic(), device.probe(where)
     work = tasks(arguments, where.type == "cpu")
     for task in work:
         if why := selection.get("triton").reasons(task.case.problem(task.dtype, where, task.is_backward)):
             raise InvalidArgument(f"the triton backend does not serve {task.name}: {'; '.join(why)}")
     path = arguments.out or Path(f"tiles-{device_name(where).lower().replace(' ', '-')}.json")
-    known = table.parse(str(path), path.read_text(encoding="utf-8")) if path.exists() else []
+    results.check_output("--out", path)
+    known = table.read(str(path)) if path.exists() else []
     compile_ahead(work, where, facts, arguments.jobs or ahead.default_processes())
     total = sum(len(candidates(t.kernel, t.case.problem(t.dtype, where, t.is_backward), facts)) for t in work)
     found: list[Found] = []
@@ -284,7 +286,6 @@ def save(path: Path, known: list[table.Entry], found: list[Found], family: str, 
         "date": datetime.now(timezone.utc).date().isoformat(),
         "versions": versions(),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(table.render(list(entries.values()), about), encoding="utf-8")
 
 

@@ -162,7 +162,7 @@ def available(where: torch.device, asked: list[str] | None) -> tuple[list[str], 
             raise InvalidArgument(f"--backend {name} is unknown; choose one of {', '.join(selection.NAMES)}")
     serving, absent = [], {}
     every = list(cases(size_on(where)).values())
-    for name in asked or selection.NAMES:
+    for name in dict.fromkeys(asked or selection.NAMES):
         whys = [refusals(name, case, dtype, where) for dtype in _PREFERRED for case in every]
         if all(whys):
             absent[name] = "; ".join(whys[0])
@@ -173,8 +173,7 @@ def available(where: torch.device, asked: list[str] | None) -> tuple[list[str], 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check, print a table, and return 1 when anything is wrong."""
-    if arguments.seconds <= 0:
-        raise InvalidArgument(f"--seconds must be positive, not {arguments.seconds}")
+    words.check_seconds(arguments.seconds)
     where = words.read_device("--device", arguments.device) if arguments.device else words.default_device()
     start = time.monotonic()
     serving, absent = available(where, arguments.backend)

@@ -15,6 +15,8 @@ DTYPES = {
     "fp64": torch.float64, "float64": torch.float64, "double": torch.float64,
 }  # fmt: skip
 Reader = Callable[[str, str | None], Any]
+_LARGEST = (1 << 31) - 1  # of a size: kernels count in 32 bits
+_MOST_SEQUENCES = 1 << 20  # in words, which tell the length of each
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -26,8 +28,7 @@ def default_device() -> torch.device:
     """The accelerator that PyTorch sees, else the CPU."""
     if not torch.accelerator.is_available():
         return torch.device("cpu")
-    index = getattr(torch.accelerator, "current_device_index", None) or torch.accelerator.current_device_idx  # 2.6
-    return torch.device(torch.accelerator.current_accelerator().type, index())
+    return torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())
 
 
 def device_name(where: torch.device) -> str:
@@ -66,9 +67,23 @@ def read_dtype(word: str, text: str | None) -> torch.dtype:
 
 def read_count(word: str, text: str | None) -> int:
     """A positive integer."""
-    if text is None or not text.isascii() or not text.isdigit() or int(text) < 1:
+    if text is None or not text.isascii() or not text.isdigit() or not text.strip("0"):
         raise InvalidArgument(f"{word} needs a positive integer, such as {word}=8, not {text!r}")
+    if len(text) > 18 or int(text) > _LARGEST:
+        raise InvalidArgument(f"{word}={text[:20]} is too large; give at most {_LARGEST}")
     return int(text)
+
+
+def _read_batch(word: str, text: str | None) -> int:
+    if (batch := read_count(word, text)) > _MOST_SEQUENCES:
+        raise InvalidArgument(f"{word}={batch} is too large; give at most {_MOST_SEQUENCES} sequences")
+    return batch
+
+
+def check_seconds(seconds: float) -> None:
+    """Raise InvalidArgument for a --seconds that lets nothing start, or is no number."""
+    if not seconds > 0:
+        raise InvalidArgument(f"--seconds must be positive, not {seconds}")
 
 
 def _read_flag(word: str, text: str | None) -> bool:
@@ -102,17 +117,20 @@ def _number(default: float) -> Reader:
     return read
 
 
-def _read_range(word: str, text: str | None) -> tuple[int, int]:
-    first, dots, last = (text or "").partition("..")
-    low = read_count(word, first or None)
-    high = read_count(word, last or None) if dots else low
-    if high < low:
-        raise InvalidArgument(f"{word}={text} ends before it begins; write {word}={high}..{low}")
-    return low, high
+def _range_of(read_end: Callable[[str, str | None], int]) -> Reader:
+    def read(word: str, text: str | None) -> tuple[int, int]:
+        first, dots, last = (text or "").partition("..")
+        low = read_end(word, first or None)
+        high = read_end(word, last or None) if dots else low
+        if high < low:
+            raise InvalidArgument(f"{word}={text} ends before it begins; write {word}={high}..{low}")
+        return low, high
+
+    return read
 
 
 _SHAPE: dict[str, Reader] = {
-    "b": read_count, "h": read_count, "hk": read_count, "d": read_count, "dv": read_count, "dtype": read_dtype,
+    "b": _read_batch, "h": read_count, "hk": read_count, "d": read_count, "dv": read_count, "dtype": read_dtype,
     "causal": _read_flag, "window": _read_window, "softcap": _number(30.0), "alibi": _read_flag,
     "dropout": _number(0.1), "varlen": _read_flag, "page": read_count, "deterministic": _read_flag,
 }  # fmt: skip
@@ -121,8 +139,8 @@ CALL_WORDS: dict[str, Reader] = _SHAPE | {
     "grad": _read_flag, "device": read_device,
 }  # fmt: skip
 MODEL_WORDS: dict[str, Reader] = _SHAPE | {
-    "b": _read_range,
-    "s": _read_range,
+    "b": _range_of(_read_batch),
+    "s": _range_of(read_count),
     "decode": _read_flag,
     "train": _read_flag,
     "blocks": _read_sizes,

@@ -122,15 +122,20 @@ def _times(entry: Entry) -> dict[str, float]:
     return {"ms": round(entry.ms, 6), "default_ms": round(entry.default_ms, 6)}
 
 
-@cache
-def load(path: str) -> dict[Key, tuple[Entry, ...]]:
-    """The entries of a file by key; raises InvalidArgument when it cannot be read or is not sound."""
+def read(path: str) -> list[Entry]:
+    """The entries of a file; raises InvalidArgument when it cannot be read or is not sound."""
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise _refuse(path, f"cannot be read ({error})") from error
+    return parse(path, text)
+
+
+@cache
+def load(path: str) -> dict[Key, tuple[Entry, ...]]:
+    """The entries of a file by key, read once; raises as `read` does."""
     found: dict[Key, tuple[Entry, ...]] = {}
-    for entry in parse(path, text):
+    for entry in read(path):
         found[entry.key] = (*found.get(entry.key, ()), entry)
     return found
 
