@@ -6,10 +6,12 @@ LSE, and their gradients add up because both are given the merged LSE. Any other
 block against the keys that the block sees, with the band and the bias added to the scores.
 
 Beside padded or converted copies of the inputs, temporaries are a second `out` (merge), float32 accumulators of dk and
-dv (row blocks), and one bias of block rows * visible keys, times the heads with ALiBi: linear in the sequence length.
+dv (row blocks), keys, values and their gradients for every query head (bfloat16 with shared heads), and one bias of
+block rows * visible keys, times the heads with ALiBi: linear in the sequence length.
 Releases of PyTorch whose operator knows no shared heads get keys and values repeated for every query head.
 """
 
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -25,7 +27,8 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.
 _BIAS_NUMBERS = 2**22  # of one row block's ALiBi bias: 16 MiB
 _MIN_ROWS, _NARROW_ROWS, _WIDE_ROWS = 32, 64, 256  # of a row block; measured from windows of 64 to 4096 keys
 _NARROW_BAND = 768  # keys; below it small blocks, which compute fewer hidden scores, are fastest
-_SUMMED_ROWS = 256  # of a key head, in one call: the operator sums their bfloat16 dk and dv in bfloat16
+_OPERATOR_ROWS = 256  # of the operator's own blocks, where there are many rows
+_MOST_SUMS = 16  # in bfloat16; a key's sum over so many blocks of rows keeps the error of plain PyTorch
 
 
 class Pieces(NamedTuple):
@@ -38,11 +41,11 @@ class Pieces(NamedTuple):
     has_triangle: bool
 
 
-def pieces(band: Band) -> Pieces:
-    """The pieces of a band without a left bound, for the rows from `first_row` on."""
+def pieces(band: Band, row: int) -> Pieces:
+    """The pieces of a band without a left bound, for the rows from `row` on, which all see a key."""
     if band.right < 0:
         return Pieces(band.len_k, False)
-    open_keys = band.first_row + band.offset + band.right
+    open_keys = row + band.offset + band.right
     return Pieces(min(open_keys, band.len_k), open_keys < band.len_k)
 
 
@@ -53,12 +56,9 @@ def block_rows(band: Band, bias_heads: int) -> int:
     return max(_MIN_ROWS, min(wanted, _BIAS_NUMBERS // (bias_heads * band.keys_per_block(wanted))))
 
 
-def _operand(x: Tensor, dim: int, is_summed_long: bool = False) -> Tensor:
-    """(n, s, h, d) as the operator's (n, h, s, dim): zero-padded, and float32 for float16, which it runs slowly.
-
-    With `is_summed_long`, float32 for bfloat16 too: over many rows its sums in bfloat16 lose more than one rounding.
-    """
-    if x.dtype == torch.float16 or (is_summed_long and x.dtype == torch.bfloat16):
+def _operand(x: Tensor, dim: int) -> Tensor:
+    """(n, s, h, d) as the operator's (n, h, s, dim): zero-padded, and float32 for float16, which it runs slowly."""
+    if x.dtype == torch.float16:
         x = x.float()
     if x.shape[-1] < dim:
         x = F.pad(x, (0, dim - x.shape[-1]))
@@ -74,9 +74,21 @@ def _shares_heads() -> bool:
     return not out.any()
 
 
-def _for_each_head(x: Tensor, heads: int) -> Tensor:
-    """Keys or values (n, hk, s, d) as the operator wants them for that many query heads."""
-    return x if x.shape[1] == heads or _shares_heads() else x.repeat_interleave(heads // x.shape[1], 1)
+def _for_each_head(x: Tensor, heads: int, shares: bool = True) -> Tensor:
+    """Keys or values (n, hk, s, d) for that many query heads, repeated where the operator cannot or must not share."""
+    group = heads // x.shape[1]
+    return x if group == 1 or (shares and _shares_heads()) else x.repeat_interleave(group, 1)
+
+
+def _sums_well(rows: int, group: int, dtype: torch.dtype) -> bool:
+    """Whether dk and dv keep their precision: the operator sums bfloat16 ones in bfloat16, a head's block a time."""
+    block = _OPERATOR_ROWS if rows >= 768 else 64 if rows >= 192 else 32
+    return dtype != torch.bfloat16 or group * math.ceil(rows / block) <= _MOST_SUMS
+
+
+def _longest_block(band: Band, dtype: torch.dtype) -> int:
+    """Rows of one call without a bias: all, or so many that a head's dk and dv keep their precision."""
+    return _MOST_SUMS * _OPERATOR_ROWS if dtype == torch.bfloat16 else band.len_q
 
 
 def _summed(x: Tensor, heads_k: int) -> Tensor:
@@ -153,7 +165,7 @@ def forward(
             out_heads[:, :, here] = block[..., :dim_v]
             lse[..., here] = block_lse
         return
-    open_keys, has_triangle = pieces(band)
+    open_keys, has_triangle = pieces(band, first)
     result = None
     if open_keys > 0:
         result = _forward(q_heads, k_heads[:, :, :open_keys], v_heads[:, :, :open_keys], 0.0, False, scale=scale)
@@ -188,21 +200,21 @@ def backward(
         return
     sign, scale = _positive(scale)
     is_blocked = slopes is not None or band.left >= 0
-    rows = band.len_q - first
-    if is_blocked:
-        rows = min(rows, block_rows(band, 1 if slopes is None else slopes.numel()))
-    is_long = rows * (q.shape[2] // k.shape[2]) > _SUMMED_ROWS
-    dout_heads, q_heads = (_operand(x[:, first:], dim, is_long) for x in (dout, q))
+    size = block_rows(band, 1 if slopes is None else slopes.numel()) if is_blocked else _longest_block(band, q.dtype)
+    blocks = row_blocks(first, band.len_q, size)
+    dout_heads, q_heads = (_operand(x[:, first:], dim) for x in (dout, q))
     if sign < 0.0:
         q_heads = -q_heads
-    k_heads, v_heads = (_for_each_head(_operand(x, dim, is_long), q_heads.shape[1]) for x in (k, v))
-    tensors = dout_heads, q_heads, k_heads, v_heads
-    out_heads, lse = _operand(out[:, first:], dim, is_long), lse[..., first:]
-    grads = dq[:, first:].transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+    shares = _sums_well(len(blocks[0]), q.shape[2] // k.shape[2], q.dtype)
+    k_heads, v_heads = (_for_each_head(_operand(x, dim), q.shape[2], shares) for x in (k, v))
+    tensors = dout_heads, q_heads, k_heads, v_heads, _operand(out[:, first:], dim), lse[..., first:]
+    dq_heads = dq[:, first:].transpose(1, 2)
+    of_keys = _KeyGradients(dk.transpose(1, 2), dv.transpose(1, 2), is_blocked or len(blocks) > 1)
     if is_blocked:
-        _backward_blocks(*tensors, out_heads, lse, grads, band, scale, slopes)
+        _backward_blocks(*tensors, dq_heads, of_keys, blocks, _Biases(band, slopes, q.dtype), scale)
     else:
-        _backward_pieces(*tensors, out_heads, lse, grads, pieces(band), scale)
+        _backward_pieces(*tensors, dq_heads, of_keys, blocks, band, scale)
+    of_keys.finish()
     if sign < 0.0:
         dq.neg_()
 
@@ -211,42 +223,60 @@ def _write(target: Tensor, x: Tensor) -> None:
     target.copy_(x[..., : target.shape[-1]])
 
 
+class _KeyGradients:
+    """dk and dv (n, hk, sk, d), of which every part is given once, or summed over blocks of rows."""
+
+    def __init__(self, dk: Tensor, dv: Tensor, is_summed: bool) -> None:
+        self.targets = dk, dv
+        self.sums = [torch.zeros_like(x, dtype=accumulation_dtype(x.dtype)) for x in (dk, dv)] if is_summed else None
+
+    def give(self, seen: slice, *parts: Tensor) -> None:
+        """The operator's gradients of the keys and of the values in `seen`."""
+        for target, x in zip(self.sums or self.targets, parts, strict=True):
+            part = _summed(x, target.shape[1])
+            if self.sums is None:
+                _write(target[:, :, seen], part)
+            else:
+                target[:, :, seen] += part[..., : target.shape[-1]]
+
+    def finish(self) -> None:
+        """Write the sums."""
+        for target, total in zip(self.targets, self.sums or (), strict=False):
+            target.copy_(total)
+
+
 def _backward_pieces(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    grads: tuple[Tensor, Tensor, Tensor], split: Pieces, scale: float,
+    dq: Tensor, of_keys: _KeyGradients, blocks: list[range], band: Band, scale: float,
 ) -> None:  # fmt: skip
-    dq, dk, dv = grads
-    parts = [(slice(0, split.open_keys), False)] if split.open_keys > 0 else []
-    if split.has_triangle:
-        parts.append((slice(split.open_keys, k.shape[2]), True))
-    sum_dq = None
-    for seen, is_triangle in parts:
-        dq_part, dk_part, dv_part = _backward(
-            dout, q, k[:, :, seen], v[:, :, seen], out, lse, 0.0, is_triangle, scale=scale
-        )
-        sum_dq = dq_part if sum_dq is None else sum_dq.add_(dq_part)
-        _write(dk[:, :, seen], _summed(dk_part, dk.shape[1]))
-        _write(dv[:, :, seen], _summed(dv_part, dv.shape[1]))
-    _write(dq, sum_dq)
+    for rows in blocks:
+        here = slice(rows.start - band.first_row, rows.stop - band.first_row)
+        open_keys, has_triangle = pieces(band, rows.start)
+        parts = [(slice(0, open_keys), False)] if open_keys > 0 else []
+        if has_triangle:
+            parts.append((slice(open_keys, band.keys(rows).stop), True))
+        sum_dq = None
+        for seen, is_triangle in parts:
+            dq_part, *parts_of_keys = _backward(
+                dout[:, :, here], q[:, :, here], k[:, :, seen], v[:, :, seen], out[:, :, here], lse[..., here], 0.0,
+                is_triangle, scale=scale,
+            )  # fmt: skip
+            sum_dq = dq_part if sum_dq is None else sum_dq.add_(dq_part)
+            of_keys.give(seen, *parts_of_keys)
+        _write(dq[:, :, here], sum_dq)
 
 
 def _backward_blocks(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    grads: tuple[Tensor, Tensor, Tensor], band: Band, scale: float, slopes: Tensor | None,
+    dq: Tensor, of_keys: _KeyGradients, blocks: list[range], biases: _Biases, scale: float,
 ) -> None:  # fmt: skip
-    dq, dk, dv = grads
-    dtype, biases = accumulation_dtype(q.dtype), _Biases(band, slopes, q.dtype)
-    sum_dk, sum_dv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
-    for rows in row_blocks(band.first_row, band.len_q, block_rows(band, 1 if slopes is None else slopes.numel())):
-        cols = band.keys(rows)
-        here = slice(rows.start - band.first_row, rows.stop - band.first_row)
+    for rows in blocks:
+        cols = biases.band.keys(rows)
+        here = slice(rows.start - biases.band.first_row, rows.stop - biases.band.first_row)
         seen = slice(cols.start, cols.stop)
-        dq_block, dk_block, dv_block = _backward(
+        dq_block, *parts_of_keys = _backward(
             dout[:, :, here], q[:, :, here], k[:, :, seen], v[:, :, seen], out[:, :, here], lse[..., here], 0.0, False,
             attn_mask=biases.of(rows, cols), scale=scale,
         )  # fmt: skip
         _write(dq[:, :, here], dq_block)
-        sum_dk[:, :, seen] += dk_block
-        sum_dv[:, :, seen] += dv_block
-    _write(dk, _summed(sum_dk, dk.shape[1]))
-    _write(dv, _summed(sum_dv, dv.shape[1]))
+        of_keys.give(seen, *parts_of_keys)
