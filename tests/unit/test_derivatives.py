@@ -1,8 +1,14 @@
-"""Derivatives that attention does not have raise: they must not come out as zeros, or vanish from a loss."""
+"""Derivatives that the functions do not have raise: they must not come out as zeros, or vanish from a loss."""
 
 import flash_attn
 import pytest
 import torch
+from flash_attn.layers.rotary import apply_rotary_emb, apply_rotary_emb_kv_, apply_rotary_emb_qkv_
+from flash_attn.ops.activations import bias_gelu_impl, fast_gelu_impl, swiglu
+from flash_attn.ops.fused_dense import fused_mlp_func
+from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+from flash_attn.ops.triton.layer_norm import layer_norm_fn, layer_norm_linear_fn
+from flash_attn.ops.triton.mlp import fused_dense_sqrelu_dense_function
 from torch.autograd import forward_ad
 
 from flash_attn_plus import InvalidArgument, attention, attention_with_kvcache, block_sparse_attention
@@ -19,6 +25,17 @@ CALLS = {
         lambda qkv: flash_attn.flash_attn_varlen_qkvpacked_func(qkv, STARTS, 5),
         ((8, 3, 2, 8),),
     ),
+    "layer_norm": (lambda x, w: layer_norm_fn(x, w, w), ((3, 8), (8,))),
+    "layer_norm_linear": (lambda x, w, m: layer_norm_linear_fn(x, w, None, m, None), ((3, 8), (8,), (4, 8))),
+    "mlp": (fused_mlp_func, ((3, 8), (16, 8), (8, 16))),
+    "squared_relu_mlp": (fused_dense_sqrelu_dense_function, ((3, 8), (16, 8), (16,), (8, 16), (8,))),
+    "swiglu": (swiglu, ((3, 8), (3, 8))),
+    "bias_gelu": (bias_gelu_impl, ((3, 8), (8,))),
+    "gelu": (fast_gelu_impl, ((3, 8),)),
+    "cross_entropy": (lambda x: cross_entropy_loss(x, torch.tensor([1, 5, 2]))[0], ((3, 8),)),
+    "rotary": (lambda x: apply_rotary_emb(x, torch.ones(8, 4), torch.ones(8, 4)), (DENSE,)),
+    "rotary_qkv": (lambda x: apply_rotary_emb_qkv_(x * 1, torch.ones(8, 4), torch.ones(8, 4)), ((1, 8, 3, 2, 8),)),
+    "rotary_kv": (lambda x: apply_rotary_emb_kv_(x * 1, torch.ones(8, 4), torch.ones(8, 4)), ((1, 8, 2, 2, 8),)),
 }
 
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flash_attn_plus.derivatives import once_differentiable
 from flash_attn_plus.errors import InvalidArgument
 from flash_attn_plus.fused.launch import elementwise_block
 from flash_attn_plus.fused.path import on_device, uses_triton
@@ -181,6 +182,7 @@ class BiasActivation(torch.autograd.Function):
         return activation_forward(x, activation, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, bias = ctx.saved_tensors
         dx = activation_backward(dout, x, ctx.activation, bias)
@@ -196,5 +198,6 @@ class SwiGLU(torch.autograd.Function):
         return swiglu_forward(gate, up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout: Tensor) -> tuple[Tensor, Tensor]:
         return swiglu_backward(dout, *ctx.saved_tensors)

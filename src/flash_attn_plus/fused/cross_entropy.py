@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flash_attn_plus.derivatives import once_differentiable
 from flash_attn_plus.fused import cross_entropy_torch, launch
 from flash_attn_plus.fused.collective import all_gather
 from flash_attn_plus.fused.path import is_direct, on_device, uses_triton
@@ -155,6 +156,7 @@ class CrossEntropyFunction(torch.autograd.Function):
         return losses, z_losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dlosses, _dz_losses):
         logits, lse, labels = ctx.saved_tensors
         arguments = (dlosses, logits, lse, labels, *ctx.numbers)

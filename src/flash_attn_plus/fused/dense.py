@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flash_attn_plus.arguments import autocast_dtype
+from flash_attn_plus.derivatives import once_differentiable
 from flash_attn_plus.fused.activation import activation_backward, activation_forward
 from flash_attn_plus.fused.collective import all_gather, all_reduce, reduce_scatter
 
@@ -144,6 +145,7 @@ class MLPFunction(torch.autograd.Function):
         )  # fmt: skip
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, *residual_gradient):
         return *mlp_backward(ctx, dout, *residual_gradient), *[None] * 7
 

@@ -5,6 +5,7 @@ from einops import rearrange, repeat
 from torch import nn
 
 from flash_attn.ops.triton.rotary import apply_rotary
+from flash_attn_plus.derivatives import once_differentiable
 
 
 def rotate_half(x, interleaved=False):
@@ -43,6 +44,7 @@ class ApplyRotaryEmb(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         cos, sin, cu_seqlens, offsets = ctx.saved_tensors
         offsets = ctx.seqlen_offset if offsets is None else offsets
@@ -124,6 +126,7 @@ class ApplyRotaryEmbQKV_(torch.autograd.Function):
         return qkv
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dqkv):
         cos, sin, cos_k, sin_k, offsets = ctx.saved_tensors
         offsets = ctx.seqlen_offset if offsets is None else offsets
@@ -160,6 +163,7 @@ class ApplyRotaryEmbKV_(torch.autograd.Function):
         return kv
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dkv):
         cos, sin, offsets = ctx.saved_tensors
         offsets, dkv = ctx.seqlen_offset if offsets is None else offsets, _writable(dkv)

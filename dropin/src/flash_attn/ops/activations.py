@@ -2,6 +2,7 @@
 
 import torch
 
+from flash_attn_plus.derivatives import once_differentiable
 from flash_attn_plus.fused.activation import SwiGLU as SwiGLUFunction
 from flash_attn_plus.fused.activation import (
     activation_backward,
@@ -31,6 +32,7 @@ class GeLUFunction(torch.autograd.Function):
         return bias_gelu(input, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output):
         input, bias = ctx.saved_tensors
         grad_input = bias_gelu_back(grad_output, input, bias)
@@ -59,9 +61,10 @@ class FastGeLUFunction(torch.autograd.Function):
         return gelu_fwd(input)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output):
         (input,) = ctx.saved_tensors
-        return gelu_bwd(grad_output, input)
+        return (gelu_bwd(grad_output, input),)
 
 
 fast_gelu_impl = FastGeLUFunction.apply

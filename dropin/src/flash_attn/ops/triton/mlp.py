@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from flash_attn_plus.derivatives import once_differentiable
 from flash_attn_plus.fused.dense import mlp_backward, mlp_forward
 
 
@@ -15,6 +16,7 @@ class FusedDenseSqreluDenseFunc(torch.autograd.Function):
         return mlp_forward(ctx, x, weight1, bias1, weight2, bias2, "squared_relu", checkpoint_lvl=checkpoint_lvl)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output):
         return *mlp_backward(ctx, grad_output), None
 
