@@ -234,4 +234,5 @@ def test_padding_leaves_the_diagonal_of_grouped_heads_in_place(heads_k):
     module, length = make_mha(num_heads_kv=heads_k, causal=True), 7
     mask = torch.arange(X.shape[1]) < length
     padded = module(X, key_padding_mask=mask.expand(2, -1))
+    assert torch.equal(module(X, key_padding_mask=mask.expand(2, -1).long()), padded)
     torch.testing.assert_close(padded[:, :length], module(X[:, :length]))

@@ -124,7 +124,7 @@ class CrossAttention(nn.Module):
         scale = q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
         scores = torch.einsum("bthd,bshd->bhts", q, k * scale)
         if key_padding_mask is not None:
-            hidden = rearrange(~key_padding_mask, "b s -> b 1 1 s")
+            hidden = rearrange(key_padding_mask == 0, "b s -> b 1 1 s")
             scores = scores + scores.new_zeros(hidden.shape).masked_fill(hidden, _MASKED)
         if self.causal if causal is None else causal:
             rows = torch.arange(q.shape[1], device=q.device)[:, None]
@@ -134,11 +134,11 @@ class CrossAttention(nn.Module):
         return torch.einsum("bhts,bshd->bthd", weights, v)
 
     def forward(self, q, kv, causal=None, key_padding_mask=None):
-        """q (b, sq, h, d), kv (b, sk, 2, hk, d) -> (b, sq, h, d); key_padding_mask bool (b, sk), true = keep.
+        """q (b, sq, h, d), kv (b, sk, 2, hk, d) -> (b, sq, h, d); key_padding_mask bool or int (b, sk), 1 = keep.
 
         With a causal mask the last query sees as many keys as key_padding_mask keeps.
         """
-        keys = kv.shape[1] if key_padding_mask is None else rearrange(key_padding_mask.sum(-1), "b -> b 1 1 1")
+        keys = kv.shape[1] if key_padding_mask is None else rearrange((key_padding_mask != 0).sum(-1), "b -> b 1 1 1")
         return self._attend(q, kv, causal, key_padding_mask, keys)
 
 
@@ -146,5 +146,5 @@ class SelfAttention(CrossAttention):
     """Attention of packed q, k and v by its formula in PyTorch; keeps the scores in memory."""
 
     def forward(self, qkv, causal=None, key_padding_mask=None):
-        """(b, s, 3, h, d) -> (b, s, h, d); key_padding_mask bool (b, s), true = keep."""
+        """(b, s, 3, h, d) -> (b, s, h, d); key_padding_mask bool or int (b, s), 1 = keep."""
         return self._attend(qkv[:, :, 0], qkv[:, :, 1:], causal, key_padding_mask, qkv.shape[1])
