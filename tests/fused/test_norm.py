@@ -286,3 +286,12 @@ def test_parameters_and_buffers_of_another_size_are_never_read_or_written(path, 
     ):
         with pytest.raises(RuntimeError, match=word):
             layer_norm_fn(**{"x": x, "weight": ones, "bias": None} | options)
+
+
+def test_the_input_is_overwritten_only_where_nothing_trains(path, device):
+    x, ones = normal(3, 40, dtype=torch.float32, device=device), torch.ones(40, device=device)
+    expected = layer_norm_fn(x, ones, None)
+    trained = x.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="backward pass"):
+        layer_norm_fn(trained, ones, None, out=trained.detach())
+    assert torch.equal(layer_norm_fn(x, ones, None, out=x), expected)

@@ -33,6 +33,11 @@ def _buffer(name: str, buffer: Tensor | None, shape: torch.Size) -> Tensor | Non
         ) from None
 
 
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether both begin at the same address, which a tracer's tensors do not have."""
+    return not torch.compiler.is_compiling() and a.numel() > 0 and a.data_ptr() == b.data_ptr()
+
+
 def _shaped(x: Tensor | None, shape: torch.Size) -> Tensor | None:
     return x if x is None or len(shape) == 2 else x.reshape(shape)
 
@@ -57,6 +62,8 @@ class NormFunction(torch.autograd.Function):
             torch.float32 if residual_in_fp32 else None, zero_centered_weight, is_rms_norm, return_dropout_mask,
             _buffer("out", out, shape), _buffer("residual_out", residual_out, shape),
         )  # fmt: skip
+        if out is not None and any(ctx.needs_input_grad) and _share_memory(y, t):
+            raise InvalidArgument("out must not be the memory of x or residual_out, which the backward pass reads")
         ctx.save_for_backward(t, weight, bias, weight1, bias1, rowscale, seeds, mean, rstd)
         ctx.shape, ctx.x_dtype, ctx.dropout_p = shape, x.dtype, dropout_p
         ctx.flags = (residual is not None, x1 is not None, zero_centered_weight, is_rms_norm)
