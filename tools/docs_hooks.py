@@ -75,6 +75,11 @@ def on_page_markdown(markdown: str, **_) -> str:
     return filled(markdown, load())
 
 
+def on_page_content(html: str, **_) -> str:
+    """MkDocs: a rendered page. A returned value without a name is introduced by a lone dash, which goes."""
+    return re.sub(r'(<li class="doc-section-item field-body">)\s*\u2013\s', r"\1", html)
+
+
 def on_files(files, config):
     """MkDocs: add pages and pictures that are made now."""
     from mkdocs.structure.files import File

@@ -108,7 +108,9 @@ def table(results: Results, suite: str, metrics: list[str]) -> list[str]:
     """A Markdown table, cases down and providers across; several metrics of one unit share the cells."""
     kinds = [results.select(suite, metric) for metric in metrics]
     (unit,) = {row.unit for rows in kinds for row in rows}
-    providers = list(dict.fromkeys(row.provider for rows in kinds for row in rows))
+    told = {row.provider for rows in kinds for row in rows}
+    in_order = dict.fromkeys(row.provider for row in results.rows if row.suite == suite)  # alike in every table of it
+    providers = [provider for provider in in_order if provider in told]
     numbers = [cells(rows) for rows in kinds]
     lines = [
         f"| {suite}, {' / '.join(metrics)} ({unit}) | {' | '.join(providers)} |",

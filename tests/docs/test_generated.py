@@ -32,6 +32,20 @@ def test_a_table_has_a_line_a_case_and_a_column_a_provider(files):
     ]
 
 
+def test_the_tables_of_a_suite_have_their_columns_in_one_order(files):
+    rows = [results.Row("s", "c", name, metric, 1.0, "ms") for metric, name in (("a", "x"), ("a", "y"), ("b", "y"))]
+    late = results.Row("s", "c", "x", "b", 2.0, "ms")
+    headers = [results.table(files[0]._replace(rows=[*rows, late]), "s", [metric])[0] for metric in "ab"]
+    assert headers == ["| s, a (ms) | x | y |", "| s, b (ms) | x | y |"]
+
+
+def test_a_returned_value_without_a_name_has_no_dash():
+    item = '<li class="doc-section-item field-body">\n  {}\u2013\n  <div>out</div>'
+    assert "\u2013" not in docs_hooks.on_page_content(item.format(""))
+    named = item.format("<b>q</b> ")
+    assert docs_hooks.on_page_content(named) == named
+
+
 def test_two_metrics_share_the_cells_of_the_readme(tmp_path):
     row = {**ROW, "suite": "hopper", "provider": "gluon", "value": 612.3}
     rows = [
