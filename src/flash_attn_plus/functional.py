@@ -67,7 +67,7 @@ def attention(
         max_seqlen_q, max_seqlen_k: longest sequence of the batch, required with cu_seqlens.
         seqused_k, leftpad_k: int32 (b,), keys used of each sequence, and leading keys to skip; forward only.
         block_table: int32 (b, max_blocks), pages of each sequence; forward only.
-        deterministic: make dq bitwise repeatable too (dk and dv always are).
+        deterministic: make the gradients bitwise repeatable (by our kernels dk and dv always are).
         return_lse: also return the natural log-sum-exp of the scores, which is differentiable.
 
     Returns:

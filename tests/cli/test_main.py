@@ -45,6 +45,7 @@ def test_explaining_says_the_same_in_a_terminal_and_in_a_pipe(plain_environment)
     piped = subprocess.run([*COMMAND, *arguments], env=plain_environment, capture_output=True, text=True, check=True)
     assert piped.stderr == ""
     assert "\x1b" not in piped.stdout
+    assert piped.stdout.startswith("sizes: b=1 sq=64 sk=64 h=4 hk=4 d=500 dtype=bfloat16\n")  # what was not said, too
     assert "Triton reaches CPU tensors only with TRITON_INTERPRET=1" in piped.stdout
     shown = in_a_terminal(arguments, plain_environment)
     assert max(map(len, shown.splitlines())) <= 80

@@ -98,7 +98,7 @@ def flash_attn_func(
             to 0.
         softcap: when positive, scores become softcap * tanh(score / softcap); not together with dropout.
         alibi_slopes: float32 (h,) or (b, h); adds -slope * |i + sk - sq - j| to the scores.
-        deterministic: make dq bitwise repeatable too (dk and dv always are).
+        deterministic: make the gradients bitwise repeatable (by our kernels dk and dv always are).
         return_attn_probs: return (out, softmax_lse, S_dmask) instead of out. No gradient flows through the other two.
 
     Returns:

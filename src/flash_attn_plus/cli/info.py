@@ -226,6 +226,9 @@ def explain(text: str, as_json: bool) -> int:
         content = {name: [v._asdict() for v in verdicts] for name, verdicts in told.items()}
         output.print_json({"call": text, "device": str(call.device), "served": is_served} | content)
         return 0 if is_served else 1
+    c = call.case
+    sizes = f"b={c.batch} sq={c.seqlen_q} sk={c.seqlen_k} h={c.heads} hk={c.heads_k} d={c.head_dim}"
+    output.say(f"sizes: {sizes} dtype={words.name_of(call.dtype)}")
     for name, verdicts in told.items():
         output.say(f"{name} on {call.device}")
         answers = ["; ".join(v.reasons) or ("ok  <- chosen" if v.is_chosen else "ok") for v in verdicts]
