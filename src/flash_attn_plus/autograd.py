@@ -53,13 +53,21 @@ def backward(ctx, dout: Tensor, dlse: Tensor | None = None) -> tuple[Tensor, ...
     """Gradients of the tensors that went in, packed as they were."""
     out, lse, cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng_state, *tensors = ctx.saved_tensors
     q, k, v = unpack(ctx.packing, tuple(tensors))
-    grads = _allocate_gradients(ctx.packing, q, k, v)
-    dq, dk, dv = unpack(ctx.packing, grads)
+    is_compiling = torch.compiler.is_compiling()
+    grads = _allocate_gradients("q_k_v" if is_compiling else ctx.packing, q, k, v)
+    dq, dk, dv = grads if is_compiling else unpack(ctx.packing, grads)
     ops.backward(
         dout, q, k, v, out, lse, dlse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, *ctx.lengths, None, None, None,
         alibi_slopes, rng_state, *ctx.numbers,
     )  # fmt: skip
-    return grads
+    return _pack(ctx.packing, grads) if is_compiling else grads
+
+
+def _pack(packing: Packing, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """dq, dk and dv joined: with sizes that vary, Inductor loses what an operator writes into slices of one tensor."""
+    if packing == "qkv":
+        return (torch.stack(grads, -3),)
+    return (grads[0], torch.stack(grads[1:], -3)) if packing == "q_kv" else grads
 
 
 def _allocate_gradients(packing: Packing, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:

@@ -222,3 +222,14 @@ def test_operators_show_themselves_to_dispatch_modes(invoke):
         "flash_attn_plus.backward.default",
     ]
     assert "window_size_left" in str(torch.ops.flash_attn_plus.forward.default._schema)
+
+
+def test_packed_gradients_are_written_whole_by_inductor_with_dynamic_sizes():
+    """With every size symbolic Inductor hands slices of one tensor to an operator without their offsets."""
+    qkv = torch.randn(2, 5, 3, 4, 16, requires_grad=True)
+    function = flash_attn.flash_attn_qkvpacked_func
+    expected, gradient = (
+        torch.autograd.grad(f(qkv).square().sum(), qkv)[0]
+        for f in (function, torch.compile(function, fullgraph=True, dynamic=True))
+    )
+    torch.testing.assert_close(gradient, expected)
