@@ -1,5 +1,8 @@
 """Generation with a key/value cache: the tokens and logits are those of the model without one."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from flash_attn.utils.generation import (
@@ -255,3 +258,20 @@ def test_a_model_that_drafts_for_itself_has_two_graph_caches():
     model, ids = make_gpt(STRUCTURES["rotary"], use_flash_attn=True), make_ids(1, 6)
     expected = model.generate(ids, 16)
     assert torch.equal(decode_speculative(ids, model, model, 16, cg=True).sequences, expected)
+
+
+def test_a_copied_model_has_no_recordings_of_the_original():
+    model, ids = make_gpt(STRUCTURES["rotary"], use_flash_attn=True), make_ids(2, 6)
+    model.generate(ids, 9, cg=True)
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            clone.transformer.layers[0].mixer.out_proj.weight.normal_()
+        scores = [decode(ids, clone, 9, cg=cg).scores for cg in (False, True)]
+        torch.testing.assert_close(*scores)
+
+
+def test_gradients_in_evaluation_after_generation():
+    model, ids = make_gpt(STRUCTURES["rotary"], use_flash_attn=True).eval(), make_ids(1, 6)
+    model.generate(ids, 9)
+    model(ids).logits.sum().backward()
+    assert model.transformer.layers[0].mixer.Wqkv.weight.grad.isfinite().all()

@@ -213,7 +213,8 @@ class RotaryEmbedding(nn.Module):
             or self._cos_cached is None
             or self._cos_cached.device != device
             or self._cos_cached.dtype != dtype
-            or (self.training and self._cos_cached.is_inference())
+            # Autograd cannot keep tables made under inference mode, whether in training or for gradients in evaluation.
+            or ((self.training or torch.is_grad_enabled()) and self._cos_cached.is_inference())
         )
 
     def _update_cos_sin_cache(self, seqlen, device=None, dtype=None):

@@ -61,6 +61,10 @@ class DecodingCGCache:
     inference_params: InferenceParams | None = None
     run: Callable | None = None
 
+    def __reduce__(self):
+        """A copied or pickled model starts without recordings: these are steps of the model they were made of."""
+        return type(self), ()
+
 
 def _allocate(model, cache, batch_size, seqlen_og, max_seqlen, device, dtype):
     """Forget every recording and make room for larger ones."""
