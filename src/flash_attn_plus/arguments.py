@@ -26,6 +26,8 @@ def as_number(name: str, value: Any) -> float:
     """The value as a float; it may not be one that remembered plans hold on to, or that kernels cannot take."""
     if type(value) is float or isinstance(value, torch.SymFloat):
         return cast("float", value)
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise InvalidArgument(f"{name} gets no gradient; detach it, and let what is learned be a factor of q")
     try:
         if not isinstance(value, str):
             return float(value)

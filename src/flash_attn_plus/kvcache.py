@@ -95,7 +95,8 @@ def lengths_of(cache_seqlens: Any, q: Tensor) -> Tensor | None:
 def attend(c: CacheCall) -> tuple[Tensor, Tensor]:
     """(out, LSE) of a call whose numbers are resolved."""
     if not torch.compiler.is_compiling():
-        if may_skip_dispatcher(c.q, c.k_cache, c.v_cache):
+        new = () if c.k is None or c.v is None else (c.k, c.v)
+        if may_skip_dispatcher(c.q, c.k_cache, c.v_cache, *new):
             return run(c)
         refuse_tangents(c.q, c.k_cache, c.v_cache, c.k, c.v)
     if torch.is_grad_enabled():

@@ -5,7 +5,7 @@ import torch
 from cases import cache, crossed, dense, varlen
 from serving import BACKENDS, served
 
-from flash_attn_plus import attention, use_backend
+from flash_attn_plus import attention, attention_with_kvcache, use_backend
 from flash_attn_plus.testing import (
     assert_close,
     assert_matches_reference,
@@ -164,3 +164,23 @@ def test_any_backward_serves_any_forward(backend, device):
 def test_crossed_names_are_unique_in_every_size():
     assert len(crossed("large")) == 240
     assert 0 < len(crossed("small")) < len(crossed("medium")) < 240
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tensors_that_are_negated_when_read_are_negated(backend, device):
+    """The imaginary part of a conjugate holds the numbers without their sign, which only PyTorch's operators know."""
+    x, weight = torch.randn(2, 1, 5, 2, 16, device=device)
+    negated = torch.complex(x, x).conj().imag
+    assert negated.is_neg()
+    caches = [torch.zeros(1, 6, 2, 16, device=device) for _ in range(2)]
+    q = x.clone().requires_grad_()
+    with use_backend(backend):
+        assert torch.equal(attention(negated, x, x), attention(-x, x, x))
+        out = attention(q, x, x)
+        gradients = [
+            torch.autograd.grad(out, q, dout, retain_graph=True)[0]
+            for dout in (torch.complex(weight, weight).conj().imag, -weight)
+        ]
+        attention_with_kvcache(x, *caches, negated, x, cache_seqlens=0)
+    assert torch.equal(*gradients)
+    assert torch.equal(caches[0][:, :5], -x)

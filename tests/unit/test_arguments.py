@@ -45,6 +45,14 @@ def test_a_window_may_be_any_pair(pair):
     assert window_bounds(pair, causal=False) == (3, 0)
 
 
+def test_a_learned_scale_is_refused_where_it_would_not_learn():
+    scale = torch.nn.Parameter(torch.tensor(0.5))
+    with pytest.raises(InvalidArgument, match="softmax_scale gets no gradient"):
+        attention(Q, K, K, softmax_scale=scale)
+    with torch.no_grad():
+        assert torch.equal(attention(Q, K, K, softmax_scale=scale), attention(Q, K, K, softmax_scale=0.5))
+
+
 REFUSED = {
     "window_size": [None, 5, (1, 2, 3), torch.tensor(3), (None, None), (1.5, 2), "ab"],
     "softmax_scale": ["a", 1j, torch.ones(2), float("nan"), float("inf")],
