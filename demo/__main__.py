@@ -1,5 +1,6 @@
 """Run the comparison, print it, plot it and let the trained model write."""
 
+import argparse
 import importlib.util
 import os
 import sys
@@ -106,6 +107,7 @@ def draw(plan: Plan, runs: dict[str, Learner], memory: dict[str, Peaks], memory_
 
 def main() -> int:
     """Exit status: 0 when both losses agree."""
+    argparse.ArgumentParser(prog="python -m demo", description=__doc__).parse_args()
     started = time.perf_counter()
     plan = make_plan(choose_device())
     print(f"Training a byte-level GPT on Python's standard library: {describe(plan)}")

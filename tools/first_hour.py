@@ -3,6 +3,7 @@
 Everything happens in a temporary folder, with an environment of its own; packages come from pip's index or cache.
 """
 
+import argparse
 import json
 import os
 import re
@@ -43,6 +44,7 @@ def walk(folder: Path) -> tuple[dict[str, float], str, dict[str, str]]:
 
 def main() -> None:
     """Walk, and write benchmarks/results/first-hour.json."""
+    argparse.ArgumentParser(prog="python -m tools.first_hour", description=__doc__.splitlines()[0]).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         seconds, printed, versions = walk(Path(folder))
     accuracy = float(re.findall(r"test accuracy ([\d.]+)%", printed)[-1])

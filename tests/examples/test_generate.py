@@ -1,10 +1,12 @@
 """The generation example writes what the demo's model would, token for token."""
 
 import re
+import sys
 
 import pytest
 import torch
 
+from demo import __main__ as demo_program
 from demo import weights
 from demo.attention import flash
 from demo.model import GPT, Size
@@ -76,3 +78,11 @@ def test_it_says_how_fast_each_way_is(example, model, device, monkeypatch, capsy
     ways = re.findall(r"^--- (\w+), (eager|CUDA graph): [\d,]+ tokens a second$", capsys.readouterr().out, re.MULTILINE)
     assert ways[:2] == [("greedy", "eager"), ("sampled", "eager")]
     assert len(ways) == (4 if module.choose_device().type == "cuda" else 2)
+
+
+def test_the_demo_trains_nothing_for_arguments_that_it_does_not_know(monkeypatch, capsys):
+    monkeypatch.setattr(demo_program, "train", None)
+    monkeypatch.setattr(sys, "argv", ["demo", "--steps=3"])
+    with pytest.raises(SystemExit, match="2"):
+        demo_program.main()
+    assert "unrecognized arguments: --steps=3" in capsys.readouterr().err
