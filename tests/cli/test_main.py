@@ -175,6 +175,12 @@ def test_info_tells_of_an_accelerator(monkeypatch):
     }  # fmt: skip
 
 
+def test_info_tells_whether_kernels_can_be_kept(tmp_path):
+    (tmp_path / "file").touch()
+    told = {name: info.cache_state(tmp_path / name)["cache writable"] for name in ("folder", "file", "file/folder")}
+    assert [text[:3].rstrip(":") for text in told.values()] == ["yes", "no", "no"]
+
+
 def test_info_tells_of_a_tuning_table(capsys, monkeypatch, tmp_path):
     path = tmp_path / "tiles.json"
     path.write_text("{}")

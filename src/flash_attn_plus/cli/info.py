@@ -144,11 +144,12 @@ def cache_state(folder: Path) -> dict[str, Any]:
     files = [Path(at, name) for at, _, names in os.walk(folder) for name in names]
     sizes = [p.stat().st_size for p in files if p.exists()]  # other processes come and go
     binaries = [p for p in files if p.suffix in (".cubin", ".hsaco")]
+    is_writable = parent.is_dir() and os.access(parent, os.W_OK)
     return {
         "cache": str(folder),
         "cache kernels": len(binaries),
         "cache size": f"{sum(sizes) / 2**20:.1f} MiB",
-        "cache writable": "yes" if os.access(parent, os.W_OK) else "no: every process compiles; set TRITON_CACHE_DIR",
+        "cache writable": "yes" if is_writable else "no: every process compiles; set TRITON_CACHE_DIR",
     }
 
 
