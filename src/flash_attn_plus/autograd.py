@@ -53,14 +53,13 @@ def backward(ctx, dout: Tensor, dlse: Tensor | None = None) -> tuple[Tensor, ...
     """Gradients of the tensors that went in, packed as they were."""
     out, lse, cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng_state, *tensors = ctx.saved_tensors
     q, k, v = unpack(ctx.packing, tuple(tensors))
-    is_compiling = torch.compiler.is_compiling()
-    grads = _allocate_gradients("q_k_v" if is_compiling else ctx.packing, q, k, v)
-    dq, dk, dv = grads if is_compiling else unpack(ctx.packing, grads)
-    ops.backward(
-        dout, q, k, v, out, lse, dlse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, *ctx.lengths, None, None, None,
-        alibi_slopes, rng_state, *ctx.numbers,
-    )  # fmt: skip
-    return _pack(ctx.packing, grads) if is_compiling else grads
+    given = dout, q, k, v, out, lse, dlse
+    options = cu_seqlens_q, cu_seqlens_k, *ctx.lengths, None, None, None, alibi_slopes, rng_state, *ctx.numbers
+    if ctx.packing == "q_k_v" or torch.compiler.is_compiling():
+        return _pack(ctx.packing, ops.gradients(*given, *options))
+    grads = _allocate_packed(ctx.packing, q, k)
+    ops.backward(*given, *unpack(ctx.packing, grads), *options)
+    return grads
 
 
 def _pack(packing: Packing, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -70,15 +69,13 @@ def _pack(packing: Packing, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (grads[0], torch.stack(grads[1:], -3)) if packing == "q_kv" else grads
 
 
-def _allocate_gradients(packing: Packing, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    def empty(shape) -> Tensor:
+def _allocate_packed(packing: Packing, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=q.dtype, device=q.device)
 
     if packing == "qkv":
-        return (empty((*q.shape[:-2], 3, *q.shape[-2:])),)
-    if packing == "q_kv":
-        return empty(q.shape), empty((*k.shape[:-2], 2, *k.shape[-2:]))
-    return empty(q.shape), empty(k.shape), empty(v.shape)
+        return (empty(*q.shape[:-2], 3, *q.shape[-2:]),)
+    return empty(*q.shape), empty(*k.shape[:-2], 2, *k.shape[-2:])
 
 
 class Attention(torch.autograd.Function):

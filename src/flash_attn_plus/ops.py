@@ -49,8 +49,17 @@ def allocate_outputs(q: Tensor, v: Tensor, is_varlen: bool) -> tuple[Tensor, Ten
     return out, torch.empty(_lse_shape(q, is_varlen), dtype=lse_dtype, device=q.device)
 
 
+def allocate_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous tensors like these."""
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors)
+
+
 def _is_empty(problem: AttentionProblem) -> bool:
     return problem.seqlen_q == 0 or problem.seqlen_k == 0
+
+
+def _has_no_gradient(problem: AttentionProblem, inputs: AttentionInputs) -> bool:
+    return _is_empty(problem) or inputs.q.numel() == 0 or inputs.k.numel() == 0
 
 
 def run_forward(problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:
@@ -87,12 +96,27 @@ def run_backward(
 ) -> Tensor:
     """Fill dq, dk and dv by the chosen backend; returns delta, float32 like lse."""
     delta = torch.empty_like(lse)
-    if _is_empty(problem) or lse.numel() == 0 or dk.numel() == 0:
+    if _has_no_gradient(problem, inputs):
         for x in (dq, dk, dv, delta):
             x.zero_()
         return delta
     choose(problem, inputs).backward(problem, inputs, dout, out, lse, dlse, dq, dk, dv, delta)
     return delta
+
+
+def _new_gradients(
+    problem: AttentionProblem, inputs: AttentionInputs, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None
+) -> tuple[Tensor, ...]:
+    """dq, dk and dv in tensors of the backend's, or else in new ones."""
+    if _has_no_gradient(problem, inputs):
+        return tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in inputs[:3])
+    backend = choose(problem, inputs)
+    own = backend.gradients(problem, inputs, dout, out, lse) if dlse is None else None
+    if own is not None:
+        return own
+    dq, dk, dv = allocate_gradients(*inputs[:3])
+    backend.backward(problem, inputs, dout, out, lse, dlse, dq, dk, dv, torch.empty_like(lse))
+    return dq, dk, dv
 
 
 def gather_inputs(
@@ -127,7 +151,7 @@ def _shape_of(x: Tensor | None) -> tuple | None:
 
 # Plans of recent calls: validation, description, choice and launch are worked out once for calls that differ in
 # their tensors' contents only. Emptied when full, which a stream of ever new shapes brings about.
-_plans: dict[tuple, Callable[..., None]] = {}
+_plans: dict[tuple, Callable[[AttentionInputs], tuple[Tensor, Tensor]]] = {}
 _MAX_PLANS = 4096
 
 
@@ -156,13 +180,22 @@ def _forward(
             key, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k, block_table,
             alibi_slopes, rng_state, dropout_p, softmax_scale, window_size_left, window_size_right, softcap,
         )  # fmt: skip
-    out, lse = allocate_outputs(q, v, cu_seqlens_q is not None)
     inputs = AttentionInputs(
         q, k, v, softmax_scale, softcap, dropout_p,
         cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table, alibi_slopes, rng_state,
     )  # fmt: skip
-    plan(inputs, out, lse)
-    return out, lse
+    return plan(inputs)
+
+
+def _plan_allocated(fill: Callable[..., None], is_varlen: bool) -> Callable[[AttentionInputs], tuple[Tensor, Tensor]]:
+    """What allocates (out, lse) and fills them."""
+
+    def run(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        out, lse = allocate_outputs(inputs.q, inputs.v, is_varlen)
+        fill(inputs, out, lse)
+        return out, lse
+
+    return run
 
 
 def _forward_unplanned(
@@ -176,18 +209,21 @@ def _forward_unplanned(
     if env.debug():
         check_values(inputs, max_seqlen_q, max_seqlen_k)
     problem = describe(inputs, max_seqlen_q, max_seqlen_k, window_size_left, window_size_right)
-    out, lse = allocate_outputs(q, v, cu_seqlens_q is not None)
-    if _is_empty(problem) or out.numel() == 0:
+    if _is_empty(problem) or q.numel() == 0 or v.shape[-1] == 0:
+        out, lse = allocate_outputs(q, v, cu_seqlens_q is not None)
         run_forward(problem, inputs, out, lse)
         return out, lse
-    plan = choose(problem, inputs).plan_forward(problem, inputs)
-    plan(inputs, out, lse)
+    backend = choose(problem, inputs)
+    plan = backend.plan_outputs(problem, inputs)
+    if plan is None:
+        plan = _plan_allocated(backend.plan_forward(problem, inputs), cu_seqlens_q is not None)
+    results = plan(inputs)
     was_copied = inputs.q is not q or inputs.k is not k or inputs.v is not v
     if not (was_copied or env.debug()):
         if len(_plans) >= _MAX_PLANS:
             _plans.clear()
         _plans[key] = plan
-    return out, lse
+    return results
 
 
 def _forward_fake(
@@ -201,7 +237,9 @@ def _forward_fake(
     return allocate_outputs(q, v, cu_seqlens_q is not None)
 
 
-def _check_gradients(x: AttentionInputs, dout: Tensor, out: Tensor, lse: Tensor, grads: tuple[Tensor, ...]) -> None:
+def _check_gradients(
+    x: AttentionInputs, dout: Tensor, out: Tensor, lse: Tensor, grads: tuple[Tensor, ...] | None
+) -> None:
     is_varlen = x.cu_seqlens_q is not None
     expected = (*x.q.shape[:-1], x.v.shape[-1])
     for name, t in (("dout", dout), ("out", out)):
@@ -211,7 +249,7 @@ def _check_gradients(x: AttentionInputs, dout: Tensor, out: Tensor, lse: Tensor,
             raise InvalidArgument(f"{name} must have shape {tuple(expected)}, not {tuple(t.shape)}")
     if lse.shape != _lse_shape(x.q, is_varlen):
         raise InvalidArgument(f"softmax_lse must have shape {_lse_shape(x.q, is_varlen)}, not {tuple(lse.shape)}")
-    for name, t, like in zip(("dq", "dk", "dv"), grads, (x.q, x.k, x.v), strict=True):
+    for name, t, like in zip(("dq", "dk", "dv"), grads or (), (x.q, x.k, x.v), strict=False):
         if t.dtype != like.dtype:
             raise InvalidArgument(
                 f"query and {name} must have the same dtype: {name} has {t.dtype}, q has {like.dtype}"
@@ -224,33 +262,33 @@ def _check_gradients(x: AttentionInputs, dout: Tensor, out: Tensor, lse: Tensor,
         raise InvalidArgument("block_table, seqused_k and leftpad_k have no backward; call under torch.no_grad()")
 
 
-def backward_into(
-    dout, q, k, v, out, lse, dlse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k,
-    leftpad_k, block_table, alibi_slopes, rng_state, dropout_p, softmax_scale, window_size_left, window_size_right,
-    softcap, deterministic,
+def _differentiate(
+    grads, dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k,
+    block_table, alibi_slopes, rng_state, dropout_p, softmax_scale, window_size_left, window_size_right, softcap,
+    deterministic,
 ):  # fmt: skip
-    """The operator's implementation: gradients go into dq, dk and dv, delta is returned."""
+    """(dq, dk, dv) and delta; the gradients in `grads`, or where that is None in new tensors and without delta."""
     inputs = gather_inputs(
         q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table,
         alibi_slopes, rng_state, dropout_p, softmax_scale, softcap,
     )  # fmt: skip
-    _check_gradients(inputs, dout, out, lse, (dq, dk, dv))
+    _check_gradients(inputs, dout, out, lse, grads)
     problem = describe(
         inputs, max_seqlen_q, max_seqlen_k, window_size_left, window_size_right,
         is_backward=True, is_deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
         has_dlse=dlse is not None,
     )  # fmt: skip
-    return run_backward(
-        problem,
-        inputs,
-        rows_last(dout),
-        rows_last(out),
-        lse.contiguous(),
-        None if dlse is None else dlse.contiguous(),
-        dq,
-        dk,
-        dv,
-    )
+    given = rows_last(dout), rows_last(out), lse.contiguous()
+    if dlse is not None:
+        dlse = dlse.contiguous()
+    if grads is None:
+        return _new_gradients(problem, inputs, *given, dlse), None
+    return grads, run_backward(problem, inputs, *given, dlse, *grads)
+
+
+def backward_into(dout, q, k, v, out, lse, dlse, dq, dk, dv, *rest) -> Tensor:
+    """The operator's implementation: gradients go into dq, dk and dv, delta is returned."""
+    return _differentiate((dq, dk, dv), dout, q, k, v, out, lse, dlse, *rest)[1]
 
 
 def _backward_fake(
@@ -290,3 +328,12 @@ def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest) -> Tensor:
     if not torch.compiler.is_compiling() and may_skip_dispatcher(dout, q, k, v):
         return backward_into(dout, q, k, v, *rest)
     return _backward_operator(dout, q, k, v, *rest)
+
+
+def gradients(dout, q, k, v, out, lse, dlse, *rest) -> tuple[Tensor, ...]:
+    """dq, dk and dv in new tensors; the arguments are those of the operator but for the three."""
+    if not torch.compiler.is_compiling() and may_skip_dispatcher(dout, q, k, v):
+        return _differentiate(None, dout, q, k, v, out, lse, dlse, *rest)[0]
+    grads = allocate_gradients(q, k, v)
+    _backward_operator(dout, q, k, v, out, lse, dlse, *grads, *rest)
+    return grads

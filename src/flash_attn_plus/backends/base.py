@@ -83,12 +83,27 @@ class Backend(ABC):
         """
         return partial(self.forward, problem)
 
+    def plan_outputs(
+        self, problem: AttentionProblem, inputs: AttentionInputs
+    ) -> Callable[[AttentionInputs], tuple[Tensor, Tensor]] | None:
+        """As `plan_forward`, but for (out, lse) in memory that the backend has anyway; None: it fills buffers.
+
+        Spares a backend whose operators allocate their results a copy of each.
+        """
+        return None
+
     @abstractmethod
     def forward(self, problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:
         """Write every covered row of `out` (like q with v's head dim) and of `lse`.
 
         `lse` is natural-log float32, (b, h, sq) or (h, total_q); a row that sees no key gets out 0 and LSE +inf.
         """
+
+    def gradients(
+        self, problem: AttentionProblem, inputs: AttentionInputs, dout: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, ...] | None:
+        """As `plan_outputs`, dq, dk and dv, where no gradient of the LSE arrives; None: `backward` fills buffers."""
+        return None
 
     @abstractmethod
     def backward(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flash_attn_plus.backends.torch_band import Band, row_blocks
 from flash_attn_plus.backends.torch_tiles import accumulation_dtype, alibi_bias
+from flash_attn_plus.problem import AttentionInputs, AttentionProblem
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -217,6 +218,31 @@ def backward(
     of_keys.finish()
     if sign < 0.0:
         dq.neg_()
+
+
+def keeps_precision(problem: AttentionProblem) -> bool:
+    """Whether one backward call of the operator rounds dk and dv as seldom as the rule of tolerance asks."""
+    return _sums_well(problem.seqlen_q, problem.heads // problem.heads_k, problem.dtype)
+
+
+def whole_forward(x: AttentionInputs, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the operator on dense q, k and v of one head dim."""
+    with torch.no_grad():
+        q, k, v = (t.transpose(1, 2) for t in x[:3])
+        k, v = (_for_each_head(t, q.shape[1]) for t in (k, v))
+        out, lse = _forward(q, k, v, 0.0, is_causal, scale=x.softmax_scale)
+    return out.transpose(1, 2).contiguous(), lse.contiguous()
+
+
+def whole_backward(x: AttentionInputs, dout: Tensor, out: Tensor, lse: Tensor, is_causal: bool) -> tuple[Tensor, ...]:
+    """dq, dk and dv of the operator on dense q, k and v of one head dim."""
+    with torch.no_grad():
+        heads_k = x.k.shape[2]
+        dout, q, k, v, out = (t.transpose(1, 2) for t in (dout, *x[:3], out))
+        k, v = (_for_each_head(t, q.shape[1]) for t in (k, v))
+        dq, dk, dv = _backward(dout, q, k, v, out, lse, 0.0, is_causal, scale=x.softmax_scale)
+        dk, dv = (_summed(t, heads_k).to(t.dtype) for t in (dk, dv))
+        return tuple(t.transpose(1, 2).contiguous() for t in (dq, dk, dv))
 
 
 def _write(target: Tensor, x: Tensor) -> None:

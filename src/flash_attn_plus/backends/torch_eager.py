@@ -1,5 +1,8 @@
 """The `torch` backend: every feature on any device, in PyTorch's own operations."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,17 @@ def _is_fused(problem: AttentionProblem, inputs: AttentionInputs) -> bool:
     """Whether PyTorch's fused CPU operator can serve: it knows no softcap, dropout, block mask or scale of 0."""
     is_plain = not (problem.has_softcap or problem.has_dropout or problem.has_block_mask or inputs.softmax_scale == 0.0)
     return is_plain and problem.device.type == "cpu"
+
+
+def _is_whole(problem: AttentionProblem, inputs: AttentionInputs) -> bool:
+    """Whether a call of the fused operator is all there is to do, before or after which nothing is copied."""
+    if problem.is_varlen_q or problem.is_varlen_k or problem.page_size or problem.has_alibi or problem.left >= 0:
+        return False
+    if problem.has_seqused_k or problem.has_leftpad_k or problem.dtype == torch.float16 or inputs.softmax_scale <= 0.0:
+        return False
+    is_triangle = problem.right == 0 and problem.seqlen_q == problem.seqlen_k
+    is_one_part = problem.right < 0 or is_triangle
+    return _is_fused(problem, inputs) and is_one_part and problem.head_dim == problem.head_dim_v
 
 
 def _rule(problem: AttentionProblem, x: AttentionInputs, segment: Segment) -> torch_tiles.Rule:
@@ -70,6 +84,22 @@ class TorchEager(Backend):
         if problem.is_varlen_q:
             _fill_uncovered(out, 0, rows, 0.0)
             _fill_uncovered(lse, 1, rows, float("inf"))
+
+    def plan_outputs(
+        self, problem: AttentionProblem, inputs: AttentionInputs
+    ) -> Callable[[AttentionInputs], tuple[Tensor, Tensor]] | None:
+        """Those of the fused operator, where one call of it is the whole forward pass."""
+        if not _is_whole(problem, inputs):
+            return None
+        return partial(torch_cpu_flash.whole_forward, is_causal=problem.right >= 0)
+
+    def gradients(
+        self, problem: AttentionProblem, inputs: AttentionInputs, dout: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, ...] | None:
+        """Those of the fused operator, where one call of it is the whole backward pass."""
+        if not (_is_whole(problem, inputs) and torch_cpu_flash.keeps_precision(problem)):
+            return None
+        return torch_cpu_flash.whole_backward(inputs, dout, out, lse, is_causal=problem.right >= 0)
 
     @torch.no_grad()
     def backward(
