@@ -221,8 +221,8 @@ def backward(
 
 
 def keeps_precision(problem: AttentionProblem) -> bool:
-    """Whether one backward call of the operator rounds dk and dv as seldom as the rule of tolerance asks."""
-    return _sums_well(problem.seqlen_q, problem.heads // problem.heads_k, problem.dtype)
+    """Whether one backward call of the operator can round dk and dv as seldom as the rule of tolerance asks."""
+    return _sums_well(problem.seqlen_q, 1, problem.dtype)
 
 
 def whole_forward(x: AttentionInputs, is_causal: bool) -> tuple[Tensor, Tensor]:
@@ -239,7 +239,8 @@ def whole_backward(x: AttentionInputs, dout: Tensor, out: Tensor, lse: Tensor, i
     with torch.no_grad():
         heads_k = x.k.shape[2]
         dout, q, k, v, out = (t.transpose(1, 2) for t in (dout, *x[:3], out))
-        k, v = (_for_each_head(t, q.shape[1]) for t in (k, v))
+        shares = _sums_well(q.shape[2], q.shape[1] // heads_k, q.dtype)
+        k, v = (_for_each_head(t, q.shape[1], shares) for t in (k, v))
         dq, dk, dv = _backward(dout, q, k, v, out, lse, 0.0, is_causal, scale=x.softmax_scale)
         dk, dv = (_summed(t, heads_k).to(t.dtype) for t in (dk, dv))
         return tuple(t.transpose(1, 2).contiguous() for t in (dq, dk, dv))
