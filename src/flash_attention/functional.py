@@ -14,8 +14,11 @@ def window_bounds(window_size: Sequence[int]) -> tuple[int, int]:
     """(left, right) as integers; raises InvalidArgument unless there are two."""
     try:
         left, right = map(int, window_size)
-    except (TypeError, ValueError):
-        raise InvalidArgument(f"window_size must be a pair of integers (left, right), not {window_size!r}") from None
+        is_same = (left, right) == tuple(window_size)  # a fraction of a key would be dropped
+    except (TypeError, ValueError, OverflowError):
+        is_same = False
+    if not is_same:
+        raise InvalidArgument(f"window_size must be a pair of integers (left, right), not {window_size!r}")
     return left, right
 
 

@@ -137,6 +137,7 @@ KV = torch.zeros(3, 2, 10, 24)
         ((Q, KV, KV, torch.ones(3, 9, dtype=torch.bool)), {}, "key_padding_mask must have shape"),
         ((Q, KV, KV), {"dropout_p": 1.0}, "p_dropout"),
         ((Q, KV, KV), {"window_size": (1,)}, "window_size must be a pair"),
+        ((Q, KV, KV), {"window_size": (1.5, 0)}, "window_size must be a pair"),
         ((Q, KV, KV), {"alibi_slopes": torch.ones(3)}, "alibi_slopes must have shape"),
         ((Q, [KV[0]], KV), {}, "k must be a tensor like q"),
         (([Q[0]], KV, KV), {}, "lists or nested tensors like q"),
