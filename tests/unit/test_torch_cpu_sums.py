@@ -1,4 +1,4 @@
-"""Gradients on the CPU in bfloat16, in which PyTorch's operator sums dk and dv over the query rows of a key head."""
+"""Sums on the CPU: bfloat16 dk and dv over many rows, and products of few rows with many keys."""
 
 import pytest
 import torch
@@ -28,6 +28,14 @@ def check(case):
 @pytest.mark.parametrize("name", LONG)
 def test_gradients_of_many_rows_round_once(name):
     check(LONG[name])
+
+
+@pytest.mark.parametrize("seqlen_k", [128, 256, 300])
+def test_few_rows_add_up_over_all_keys(seqlen_k):
+    case = Case(seqlen_q=2, seqlen_k=seqlen_k, heads=4, heads_k=2, softcap=5.0)
+    call = make_inputs(case, torch.float32, "cpu")
+    with use_backend("torch"):
+        assert_matches_reference(call, run_engine(call, with_gradients=True))
 
 
 @pytest.mark.parametrize("name", CUT)

@@ -50,6 +50,13 @@ def test_results_are_right_and_dense(name, dtype, monkeypatch):
     assert len(filled) == (0 if name in HANDED_OVER else 2)
 
 
+def test_repeated_heads_are_handed_over(monkeypatch):
+    monkeypatch.setattr(torch_cpu_flash, "_MOST_SUMS", 3)  # those of one head's 70 rows
+    monkeypatch.setattr(ops, "allocate_gradients", None)
+    call, results = differentiated(Case(seqlen_q=70, seqlen_k=70, heads=8, heads_k=1, right=0), torch.bfloat16)
+    assert_matches_reference(call, results)
+
+
 def test_long_sums_are_not_handed_over(monkeypatch):
     case = Case(seqlen_q=600, seqlen_k=600, heads=2, heads_k=1, right=0)
     monkeypatch.setattr(torch_cpu_flash, "_MOST_SUMS", 1)

@@ -3,7 +3,8 @@
 The operator masks only by a causal triangle aligned to the top-left corner, or by an additive bias. A band with at
 most a right bound is therefore a rectangle of keys that all rows see, and a triangle; the halves are merged by their
 LSE, and their gradients add up because both are given the merged LSE. Any other band, and ALiBi, runs row block by row
-block against the keys that the block sees, with the band and the bias added to the scores.
+block against the keys that the block sees, with the band and the bias added to the scores. So does a long backward
+pass in bfloat16, without a bias, since the operator sums dk and dv in that dtype.
 
 Beside padded or converted copies of the inputs, temporaries are a second `out` (merge), float32 accumulators of dk and
 dv (row blocks), keys, values and their gradients for every query head (bfloat16 with shared heads), and one bias of
@@ -87,9 +88,9 @@ def _sums_well(rows: int, group: int, dtype: torch.dtype) -> bool:
     return dtype != torch.bfloat16 or group * math.ceil(rows / block) <= _MOST_SUMS
 
 
-def _longest_block(band: Band, dtype: torch.dtype) -> int:
-    """Rows of one call without a bias: all, or so many that a head's dk and dv keep their precision."""
-    return _MOST_SUMS * _OPERATOR_ROWS if dtype == torch.bfloat16 else band.len_q
+def _rows_at_once(rows: int, dtype: torch.dtype) -> int:
+    """Rows of one backward call without a bias: all, or so many that a head's dk and dv keep their precision."""
+    return min(rows, _MOST_SUMS * _OPERATOR_ROWS) if dtype == torch.bfloat16 else rows
 
 
 def _summed(x: Tensor, heads_k: int) -> Tensor:
@@ -201,7 +202,9 @@ def backward(
         return
     sign, scale = _positive(scale)
     is_blocked = slopes is not None or band.left >= 0
-    size = block_rows(band, 1 if slopes is None else slopes.numel()) if is_blocked else _longest_block(band, q.dtype)
+    size = (
+        block_rows(band, 1 if slopes is None else slopes.numel()) if is_blocked else _rows_at_once(band.len_q, q.dtype)
+    )
     blocks = row_blocks(first, band.len_q, size)
     dout_heads, q_heads = (_operand(x[:, first:], dim) for x in (dout, q))
     if sign < 0.0:
@@ -222,7 +225,7 @@ def backward(
 
 def keeps_precision(problem: AttentionProblem) -> bool:
     """Whether one backward call of the operator can round dk and dv as seldom as the rule of tolerance asks."""
-    return _sums_well(problem.seqlen_q, 1, problem.dtype)
+    return _rows_at_once(problem.seqlen_q, problem.dtype) == problem.seqlen_q
 
 
 def whole_forward(x: AttentionInputs, is_causal: bool) -> tuple[Tensor, Tensor]:
