@@ -27,7 +27,7 @@ def plan(c: CacheCall) -> Callable[[CacheCall, Tensor | None], Appended]:
     cache_seqlens + t; so does query t under a window or causal mask, while without one every query turns by that of
     cache_seqlens.
     """
-    return _TritonAppend(c.q) if uses_triton(c.q) else _append_torch
+    return TritonAppend(c.q) if uses_triton(c.q) else _append_torch
 
 
 def _is_banded(c: CacheCall) -> bool:
@@ -90,7 +90,7 @@ def _append_torch(c: CacheCall, table: Tensor | None) -> Appended:
     return Appended(q, lengths + c.new)
 
 
-class _TritonAppend:
+class TritonAppend:
     """The launch of calls that share shapes, strides and numbers."""
 
     def __init__(self, q: Tensor):

@@ -28,7 +28,7 @@ class AppendSample(NamedTuple):
             x.q, x.k, x.v, new_k, new_v, table, table, x.seqused_k, None, None, x.block_table, None, None, None,
             x.softmax_scale, shapes.left, shapes.right, x.softcap, False, 0,
         )  # fmt: skip
-        cache_append._TritonAppend(x.q)(call, x.block_table)
+        cache_append.TritonAppend(x.q)(call, x.block_table)
 
     def place(self) -> tuple[str, str]:
         """(form, where it is first needed), for people."""
