@@ -23,7 +23,7 @@ def as_integer(name: str, value: Any) -> int:
 
 
 def as_number(name: str, value: Any) -> float:
-    """The value as a float; it may not be one that remembered plans hold on to, or that kernels cannot take."""
+    """The value as a float, read now: of a tensor, a remembered plan would keep the identity and miss its changes."""
     if type(value) is float or isinstance(value, torch.SymFloat):
         return cast("float", value)
     if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
