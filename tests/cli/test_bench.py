@@ -2,6 +2,7 @@
 
 import csv
 import json
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -130,13 +131,25 @@ def test_a_wrong_result_gets_no_number_and_exit_code_1(name, capsys, monkeypatch
 
 def test_a_refusal_is_told_and_is_no_error(capsys, monkeypatch):
     def refuse(*_arguments):
+        warnings.warn("Quick kernel not used because: (Triggered internally at a.cpp:1.)", stacklevel=1)
+        warnings.warn("It wants Mondays. (Triggered internally at a.cpp:2.)", stacklevel=1)
         raise NotImplementedError("only on\nTuesdays")
 
     monkeypatch.setitem(providers.PEERS, "SDPA", lambda: providers.Provider(refuse))
     assert main(["bench", "prefill", "decode", *SIZES, *BOTH]) == 0
     text = capsys.readouterr().out
-    assert "not served: SDPA: NotImplementedError: only on Tuesdays (b=2 s=40 h=4 hk=2 d=16)" in text
+    assert "not served: SDPA: NotImplementedError: only on Tuesdays It wants Mondays. (b=2 s=40 h=4 hk=2 d=16)" in text
     assert "not served: SDPA: it has no such call" in text
+
+
+def test_a_warning_of_a_call_that_is_served_is_shown(capsys, monkeypatch):
+    def warn(*arguments):
+        warnings.warn("slow today", stacklevel=1)
+        return providers.dense(*arguments)
+
+    monkeypatch.setitem(providers.PEERS, "SDPA", lambda: providers.Provider(warn))
+    with pytest.warns(UserWarning, match="slow today"):
+        assert main(["bench", "prefill", *SIZES, "--providers", "SDPA"]) == 0
 
 
 def test_an_earlier_run_shows_how_many_times_faster(capsys, monkeypatch, tmp_path):

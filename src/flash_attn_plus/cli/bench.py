@@ -7,6 +7,7 @@ rate of a matrix product and the bandwidth of a copy. A wrong result gets no num
 
 import argparse
 import time
+import warnings
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,14 @@ def run_one(bench: suites.Bench, name: str, provider: providers.Provider, roof: 
     call = bench.call(provider)
     if call is None:
         return Row(*about, "not served", told="it has no such call")
+    warned: list[warnings.WarningMessage] = []
     try:
         with torch.set_grad_enabled(s.suite == "train"), provider.serving():
-            found = call()
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                found = call()
+            for w in warned:  # a call that is served may have something to tell
+                warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
             try:
                 why = bench.wrong(found)
             except torch.OutOfMemoryError:
@@ -60,11 +66,18 @@ def run_one(bench: suites.Bench, name: str, provider: providers.Provider, roof: 
     except NoBackend as error:
         return Row(*about, "not served", told=str(error).partition(" The call:")[0])
     except _REFUSALS as error:
-        return Row(*about, "not served", told=f"{type(error).__name__}: {' '.join(str(error).split())}")
+        return Row(*about, "not served", told=f"{type(error).__name__}: {_sentence(error, warned)}")
     flops, moved = bench.work()
     percent = 100.0 * roof.milliseconds(flops, moved) / ms
     rates = (flops / ms * 1e-9, moved / ms * 1e-6)
     return Row(*about, "ok", _short(ms), _short(rates[0]), _short(rates[1]), _short(percent))
+
+
+def _sentence(error: Exception, warned: list[warnings.WarningMessage]) -> str:
+    """The error's text on one line, with the reasons that PyTorch warned of before it."""
+    texts = [str(w.message).partition(" (Triggered internally")[0].strip() for w in warned]
+    reasons = [t for t in texts if not t.endswith(("because:", "runtime disabled."))]
+    return " ".join(" ".join([str(error), *dict.fromkeys(reasons)]).split())
 
 
 def _short(x: float) -> float:
