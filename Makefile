@@ -32,7 +32,7 @@ ECOSYSTEM_REQUIREMENTS := requirements-ecosystem.txt $(wildcard tests/ecosystem/
 HF_TESTS := $(wildcard tests/ecosystem/test_transformers*.py) tests/models/test_against_transformers.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format test-gpu test-ecosystem bench readme docs clean
+.PHONY: help setup demo test check format test-gpu memcheck test-ecosystem bench readme docs clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -69,6 +69,12 @@ format: $(READY) ## write what `check` would complain about in formatting and li
 test-gpu: $(READY) ## the same tests on the GPU's own kernels
 	$(PY) -m pytest tests $(PYTEST_ARGS)
 
+# Without PyTorch's own pool, so that what lies behind a tensor is nobody's.
+memcheck: $(READY) ## a sample of the GPU tests under NVIDIA's compute-sanitizer
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 --kernel-name kns=attention \
+		$(PY) -m pytest -q -x tests/numerics/test_attention_reference.py $(PYTEST_ARGS) \
+		-k "bfloat16 and (triton or gluon) and test_dense and (causal_tall or layout_sliced or head_dim_40 or window_both)"
+
 $(ECOSYSTEM)/.ready: requirements-dev.txt requirements-triton.txt $(ECOSYSTEM_REQUIREMENTS) dropin/pyproject.toml
 	@echo "setting up $(ECOSYSTEM); other projects' packages are many, so this takes some minutes"
 	test -x $(ECOSYSTEM_PY) || $(PYTHON) -m venv $(ECOSYSTEM)
@@ -94,7 +100,7 @@ test-ecosystem: $(ECOSYSTEM)/.ready ## real programs that import flash_attn, on 
 		tests/ecosystem/test_local_kernels.py $(PYTEST_ARGS) || status=1; \
 	exit $$status
 
-bench: $(READY) ## measure: SUITE=cpu (default), gpu, decode or fused, with BENCH_ARGS; results go into benchmarks/results
+bench: $(READY) ## measure: SUITE=cpu (default), gpu, hopper, decode or fused, with BENCH_ARGS; results go into benchmarks/results
 	$(PY) -m benchmarks.$(SUITE) $(BENCH_ARGS)
 
 readme: $(READY) ## regenerate the tables of both READMEs from benchmarks/results and the support matrix

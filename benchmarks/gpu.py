@@ -36,7 +36,8 @@ print(json.dumps([forward - start, time.perf_counter() - forward]))
 """
 
 
-def _is_right(out: torch.Tensor, reference: torch.Tensor) -> bool:
+def is_right(out: torch.Tensor, reference: torch.Tensor) -> bool:
+    """Whether two 16-bit results agree."""
     error = (out.float() - reference.float()).norm() / reference.float().norm()
     return bool(error < 1e-2)
 
@@ -77,7 +78,7 @@ def throughput(record: Record, providers: dict[str, Attention], lengths: list[in
                     for direction in ("forward", "backward"):
                         with serving(name):
                             value = _throughput(run, causal, tensors, direction == "backward")
-                            if value is not None and not _is_right(run(*tensors[:3], causal), reference):
+                            if value is not None and not is_right(run(*tensors[:3], causal), reference):
                                 raise SystemExit(f"{name} is wrong on {case}")
                         record.add("attention", case, name, direction, value, "TFLOP/s")
 
@@ -156,7 +157,7 @@ def main() -> None:
     host_cost(record)
     first_call(record)
     memory(record)
-    providers = available(arguments.providers.split(","))
+    providers = available(arguments.providers.split(","), FACTORIES)
     throughput(record, providers, [int(x) for x in arguments.lengths.split(",")], until)
 
 
