@@ -136,6 +136,13 @@ def test_caches_are_read_by_the_copy_engine(page_size):
     held(found[0], {tile.consumer_registers, tile.producer_registers}, tile.consumers, tile.spills)
 
 
+def test_as_many_heads_of_keys_take_turns_however_many_queries_share_them():
+    """The fewer take turns, the longer are the last tiles, which a group makes longer already."""
+    launch = launches(128, "causal", 8192)["attention_backward_kernel"]
+    assert launch.args[launch.kernel.arg_names.index("group")] == 4
+    assert launch.args[launch.kernel.arg_names.index("chunk")] == hopper.CACHE // (8192 * 128 * 8)
+
+
 @pytest.mark.parametrize(
     ("head_dim", "length", "band", "is_deterministic", "expected"),
     [

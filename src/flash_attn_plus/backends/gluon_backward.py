@@ -81,8 +81,8 @@ def _walk_queries(
 ) -> None:
     """Fill dk and dv, and add to the accumulator."""
     p, x, tile = c.p, c.x, c.tile
-    bytes_a_head = c.group * p.seqlen_q * c.width * 8
-    chunk = chunk_of(p.batch * p.heads_k, bytes_a_head, p.right >= 0, hopper.CACHE)
+    # Counted with all four heads of a group, fewer of its long tiles took turns: the last ones cost 5 to 11 %.
+    chunk = chunk_of(p.batch * p.heads_k, p.seqlen_q * c.width * 8, p.right >= 0, hopper.CACHE)
     constants = {
         "HAS_LEFT": p.left >= 0,
         "HAS_RIGHT": p.right >= 0,
