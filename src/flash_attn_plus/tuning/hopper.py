@@ -10,7 +10,7 @@ class ForwardTile(NamedTuple):
 
     block_n: int  # keys a tile
     consumers: int  # warpgroups of 64 queries each
-    query_tiles: int  # of 64 queries: one a consumer, or two so that the next arrives during this one
+    query_tiles: int  # of 64 queries; those beyond one a consumer let the next arrive during this one
     stages: int  # tiles of K, and of V, in flight
     consumer_registers: int
     producer_registers: int
@@ -50,8 +50,8 @@ FORWARD = {
     # Tiles of 128 + 32 or 128 + 64 keys ran 5 % slower at 8,192 keys, of 64 keys 6 to 18 %. A second stage of queries
     # took 512 keys from 402 to 486 TFLOP/s and 8,192 causal ones from 616 to 681.
     "128": ForwardTile(128, 2, 4, 2, 240, 24),
-    # 128 keys do not fit the registers, a second stage of queries not the shared memory.
-    "256": ForwardTile(64, 2, 2, 2, 240, 24),
+    # 128 keys do not fit the registers, a second stage of queries not the shared memory; half of one gained 1 to 2 %.
+    "256": ForwardTile(64, 2, 3, 2, 240, 24),
 }
 # A kernel of dq's own makes 7 products of 5, but no sums in memory: none to clear, to add to and to round. So it is
 # faster for short sequences, and a repeatable dq costs up to 14 % for long ones, 24 % at 16,384 keys.

@@ -52,7 +52,7 @@ def _consumer(dq_desc, lse_ptr, delta_ptr, lse_rows, queries, do_tiles, keys, va
         slot = queries.slot(done, WG, CONSUMERS)
         q = queries.tiles.index(slot)
         do = do_tiles.index(slot)
-        mbarrier.wait(queries.full.index(slot), queries.phase(done, CONSUMERS))
+        mbarrier.wait(queries.full.index(slot), queries.phase(done, WG, CONSUMERS))
         for block in range(first, end):
             keys.wait(n)
             s = warpgroup_mma(q, keys.tile(n).permute((1, 0)), no_scores, use_acc=False, is_async=True)

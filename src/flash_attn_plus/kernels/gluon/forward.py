@@ -23,13 +23,22 @@ from flash_attn_plus.kernels.gluon.tiles import new_mailbox
 
 
 @gluon.jit
+def _pass_over(keys, values, i):
+    """Leave the i-th tiles of K and V to the other warpgroups."""
+    keys.wait(i)
+    keys.release(i)
+    values.wait(i)
+    values.release(i)
+
+
+@gluon.jit
 def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, rule, WG: gl.constexpr):
     """One warpgroup: 64 query rows of every tile."""
     BLOCK_M: gl.constexpr = queries.tiles.shape[1]
     BLOCK_N: gl.constexpr = keys.tiles.shape[1]
     BLOCK_D: gl.constexpr = keys.tiles.shape[2]
     CONSUMERS: gl.constexpr = work.ROWS // BLOCK_M
-    IS_AHEAD: gl.constexpr = queries.tiles.shape[0] > CONSUMERS
+    IS_AHEAD: gl.constexpr = queries.tiles.shape[0] >= 2 * CONSUMERS
     dtype: gl.constexpr = queries.tiles.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -43,12 +52,19 @@ def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, r
     while batch >= 0:
         first, full_first, full_end, end = band.key_tiles(row0, work.ROWS, BLOCK_N)
         row0 += WG * BLOCK_M
+        own_end = end
+        if BLOCK_N <= BLOCK_M:  # then a warpgroup's rows may see fewer tiles than the others' do
+            _, _, full_end, own_end = band.key_tiles(row0, BLOCK_M, BLOCK_N)
+        for _ in range(gl.maximum(gl.where(row0 < band.len_q, own_end, 0), first + 1), end):
+            _pass_over(keys, values, n)
+            n += 1
+            end -= 1
         diagonal = row0 + band.len_k - band.len_q
         slope = rule.slope(batch, head)
         o = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, o_layout)
         slot = queries.slot(done, WG, CONSUMERS)
         q = queries.tiles.index(slot)
-        mbarrier.wait(queries.full.index(slot), queries.phase(done, CONSUMERS))
+        mbarrier.wait(queries.full.index(slot), queries.phase(done, WG, CONSUMERS))
         keys.wait(n)
         s = warpgroup_mma(q, keys.tile(n).permute((1, 0)), no_scores, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=(s,))

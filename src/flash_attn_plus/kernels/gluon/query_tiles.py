@@ -91,21 +91,25 @@ class Work:
 
 @record
 class Queries:
-    """Every consumer's tiles of queries: one, or two so that the next arrives early."""
+    """The consumers' tiles of queries, in turn; with more of them than consumers the next ones arrive early."""
 
-    tiles: gl.shared_memory_descriptor  # [consumers * one or two, rows, columns]
+    tiles: gl.shared_memory_descriptor  # [tiles, rows, columns]
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
 
     @gluon.jit
     def slot(self, i, consumer, CONSUMERS: gl.constexpr):
         """Where a consumer's i-th tile lies."""
-        return i % (self.tiles.shape[0] // CONSUMERS) * CONSUMERS + consumer
+        if self.tiles.shape[0] % CONSUMERS == 0:
+            return i % (self.tiles.shape[0] // CONSUMERS) * CONSUMERS + consumer
+        return (i * CONSUMERS + consumer) % self.tiles.shape[0]
 
     @gluon.jit
-    def phase(self, i, CONSUMERS: gl.constexpr):
-        """The parity of the i-th tile's barriers."""
-        return i // (self.tiles.shape[0] // CONSUMERS) & 1
+    def phase(self, i, consumer, CONSUMERS: gl.constexpr):
+        """The parity of its barriers."""
+        if self.tiles.shape[0] % CONSUMERS == 0:
+            return i // (self.tiles.shape[0] // CONSUMERS) & 1
+        return (i * CONSUMERS + consumer) // self.tiles.shape[0] & 1
 
 
 @gluon.jit
@@ -123,7 +127,7 @@ def producer(q_desc, do_desc, k_desc, v_desc, queries, do_tiles, keys, values, m
     BLOCK_M: gl.constexpr = queries.tiles.shape[1]
     BLOCK_N: gl.constexpr = keys.tiles.shape[1]
     CONSUMERS: gl.constexpr = work.ROWS // BLOCK_M
-    IS_AHEAD: gl.constexpr = queries.tiles.shape[0] > CONSUMERS
+    IS_AHEAD: gl.constexpr = queries.tiles.shape[0] >= 2 * CONSUMERS
     BYTES: gl.constexpr = q_desc.block_type.nbytes if do_desc is None else 2 * q_desc.block_type.nbytes
     tiles = work.count()
     tile = gl.program_id(0)
@@ -141,7 +145,7 @@ def producer(q_desc, do_desc, k_desc, v_desc, queries, do_tiles, keys, values, m
                 _fill(copied, k_desc, keys, batch, at, head_k)
             for w in gl.static_range(CONSUMERS):
                 slot = queries.slot(sent, w, CONSUMERS)
-                mbarrier.wait(queries.empty.index(slot), queries.phase(sent, CONSUMERS) ^ 1)
+                mbarrier.wait(queries.empty.index(slot), queries.phase(sent, w, CONSUMERS) ^ 1)
                 mbarrier.expect(queries.full.index(slot), BYTES)
                 row = row0 + w * BLOCK_M
                 full = queries.full.index(slot)
