@@ -6,7 +6,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flash_attn_plus.kernels.gluon.band import Band, span
 from flash_attn_plus.kernels.gluon.hopper import load_tile, record
-from flash_attn_plus.kernels.gluon.tiles import draw, place
+from flash_attn_plus.kernels.gluon.tiles import place, reset, take
 
 
 @record
@@ -46,6 +46,11 @@ class KeysAt:
         return start, length, row
 
 
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
 @record
 class Work:
     """What every role needs to know of the call to place a tile."""
@@ -64,20 +69,49 @@ class Work:
     ROWS: gl.constexpr
 
     @gluon.jit
-    def count(self):
-        """The number of tiles, the empty ones of short sequences included."""
-        return self.batch * self.heads * gl.cdiv(self.len_q, self.ROWS)
+    def seek(self, tile, base, before):
+        """(base, tiles before it, sequence, tiles before it, end of the tiles known) for tiles in growing order.
+
+        Packed sequences are looked through 32 at a time, from `base` on. A tile not below the end does not exist.
+        """
+        sequence = base
+        first = before
+        end = self.batch * self.heads * gl.cdiv(self.len_q, self.ROWS)
+        if self.cu_q_ptr is not None:
+            ends, end = self._ends(base, before)
+            while (tile >= end) & (base + 32 < self.batch):
+                base += 32
+                before = end
+                ends, end = self._ends(base, before)
+            is_past = tile >= ends
+            sequence = base + gl.sum(is_past.to(gl.int32), 0)
+            first = gl.max(gl.where(is_past, ends, before), 0)
+        return base, before, sequence, first, end
 
     @gluon.jit
-    def locate(self, tile):
+    def _ends(self, base, before):
+        """Where each of 32 packed sequences' tiles end, and all of them."""
+        i = base + gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+        ends = gl.load(self.cu_q_ptr + gl.minimum(i + 1, self.batch))
+        lengths = ends - gl.load(self.cu_q_ptr + gl.minimum(i, self.batch))
+        tiles = gl.cdiv(lengths, self.ROWS) * self.heads
+        return gl.associative_scan(tiles, 0, _add) + before, gl.sum(tiles, 0) + before
+
+    @gluon.jit
+    def locate(self, tile, sequence, before):
         """(batch, head, first row of the tile, first row of its queries, of its keys, the sequence's band)."""
-        blocks = gl.cdiv(self.len_q, self.ROWS)
-        batch_head, block = place(tile, self.batch * self.heads, self.chunk, blocks)
-        batch = batch_head // self.heads
-        q_start, len_q = span(self.cu_q_ptr, batch, self.len_q)
-        k_start, len_k = self.keys_at.span(batch, self.len_k)
+        if self.cu_q_ptr is None:
+            blocks = gl.cdiv(self.len_q, self.ROWS)
+            batch_head, block = place(tile, self.batch * self.heads, self.chunk, blocks)
+            sequence = batch_head // self.heads
+            head = batch_head % self.heads
+            q_start, len_q = span(self.cu_q_ptr, sequence, self.len_q)
+        else:
+            q_start, len_q = span(self.cu_q_ptr, sequence, self.len_q)
+            head, block = place(tile - before, self.heads, self.chunk, gl.cdiv(len_q, self.ROWS))
+        k_start, len_k = self.keys_at.span(sequence, self.len_k)
         band = Band(len_q, len_k, self.left, self.right, self.has_left, self.has_right)
-        return batch, batch_head % self.heads, block * self.ROWS, q_start, k_start, band
+        return sequence, head, block * self.ROWS, q_start, k_start, band
 
     @gluon.jit
     def receive(self, mailbox, i):
@@ -129,42 +163,45 @@ def producer(q_desc, do_desc, k_desc, v_desc, queries, do_tiles, keys, values, m
     CONSUMERS: gl.constexpr = work.ROWS // BLOCK_M
     IS_AHEAD: gl.constexpr = queries.tiles.shape[0] >= 2 * CONSUMERS
     BYTES: gl.constexpr = q_desc.block_type.nbytes if do_desc is None else 2 * q_desc.block_type.nbytes
-    tiles = work.count()
     tile = gl.program_id(0)
     sent = 0
     copied = 0
+    base, before, sequence, first_tile, tiles = work.seek(tile, 0 * tile, 0 * tile)
     while tile < tiles:
-        batch, head, row0, q_start, k_start, band = work.locate(tile)
-        if row0 < band.len_q:
-            mailbox.send(sent, (batch, head, row0, q_start, band.len_q, band.len_k))
-            first, _, _, end = band.key_tiles(row0, work.ROWS, BLOCK_N)
-            head_k = head // group
-            col0 = (first if STEP > 0 else end - 1) * BLOCK_N
+        batch, head, row0, q_start, k_start, band = work.locate(tile, sequence, first_tile)
+        mailbox.send(sent, (batch, head, row0, q_start, band.len_q, band.len_k))
+        first, _, _, end = band.key_tiles(row0, work.ROWS, BLOCK_N)
+        head_k = head // group
+        col0 = (first if STEP > 0 else end - 1) * BLOCK_N
+        at = work.keys_at.place(batch, k_start, band.len_k, col0)
+        if not IS_AHEAD:  # what is free first comes first
+            _fill(copied, k_desc, keys, batch, at, head_k)
+        for w in gl.static_range(CONSUMERS):
+            slot = queries.slot(sent, w, CONSUMERS)
+            mbarrier.wait(queries.empty.index(slot), queries.phase(sent, w, CONSUMERS) ^ 1)
+            mbarrier.expect(queries.full.index(slot), BYTES)
+            row = row0 + w * BLOCK_M
+            full = queries.full.index(slot)
+            load_tile(q_desc, batch, q_start, band.len_q, head, row, full, queries.tiles.index(slot))
+            if do_desc is not None:
+                load_tile(do_desc, batch, q_start, band.len_q, head, row, full, do_tiles.index(slot))
+        if IS_AHEAD:
+            _fill(copied, k_desc, keys, batch, at, head_k)
+        _fill(copied, v_desc, values, batch, at, head_k)
+        turn = gl.maximum(end - first - 3, 0)  # late, so that programs end together, but with the latency hidden
+        if turn == 0:
+            tile = take(tile, counter_ptr)
+        for i in range(1, end - first):
+            col0 += STEP * BLOCK_N
             at = work.keys_at.place(batch, k_start, band.len_k, col0)
-            if not IS_AHEAD:  # what is free first comes first
-                _fill(copied, k_desc, keys, batch, at, head_k)
-            for w in gl.static_range(CONSUMERS):
-                slot = queries.slot(sent, w, CONSUMERS)
-                mbarrier.wait(queries.empty.index(slot), queries.phase(sent, w, CONSUMERS) ^ 1)
-                mbarrier.expect(queries.full.index(slot), BYTES)
-                row = row0 + w * BLOCK_M
-                full = queries.full.index(slot)
-                load_tile(q_desc, batch, q_start, band.len_q, head, row, full, queries.tiles.index(slot))
-                if do_desc is not None:
-                    load_tile(do_desc, batch, q_start, band.len_q, head, row, full, do_tiles.index(slot))
-            if IS_AHEAD:
-                _fill(copied, k_desc, keys, batch, at, head_k)
-            _fill(copied, v_desc, values, batch, at, head_k)
-            tile = draw(tile, tiles, counter_ptr)  # here the counter's latency is hidden
-            for i in range(1, end - first):
-                col0 += STEP * BLOCK_N
-                at = work.keys_at.place(batch, k_start, band.len_k, col0)
-                _fill(copied + i, k_desc, keys, batch, at, head_k)
-                _fill(copied + i, v_desc, values, batch, at, head_k)
-            copied += end - first
-            sent += 1
-        else:
-            tile = draw(tile, tiles, counter_ptr)
+            _fill(copied + i, k_desc, keys, batch, at, head_k)
+            _fill(copied + i, v_desc, values, batch, at, head_k)
+            if i == turn:
+                tile = take(tile, counter_ptr)
+        copied += end - first
+        sent += 1
+        base, before, sequence, first_tile, tiles = work.seek(tile, base, before)
+    reset(tile, tiles, counter_ptr)
     mailbox.send(sent, (-1, 0, 0, 0, 0, 0))
     keys.drain(copied)
     values.drain(copied)

@@ -20,14 +20,27 @@ def place(tile, heads_total, chunk, blocks):
 
 
 @gluon.jit
-def draw(tile, tiles, counter_ptr):
+def take(tile, counter_ptr):
     """The tile after this one: drawn from a counter, or dealt in turns where all tiles are alike."""
     if counter_ptr is not None:
-        drawn = gl.atomic_add(counter_ptr, 1, sem="relaxed")
-        if drawn == tiles - 1:  # the last of all draws, of which each program makes one too many
-            gl.store(counter_ptr, 0)
-        return drawn + gl.num_programs(0)
+        return gl.atomic_add(counter_ptr, 1, sem="relaxed") + gl.num_programs(0)
     return tile + gl.num_programs(0)
+
+
+@gluon.jit
+def reset(tile, tiles, counter_ptr):
+    """Make the counter 0 again after the last of all draws, of which there are as many as tiles."""
+    if counter_ptr is not None:
+        if tile == tiles - 1 + gl.num_programs(0):
+            gl.store(counter_ptr, 0)
+
+
+@gluon.jit
+def draw(tile, tiles, counter_ptr):
+    """`take` where the number of tiles is known: the counter resets itself."""
+    tile = take(tile, counter_ptr)
+    reset(tile, tiles, counter_ptr)
+    return tile
 
 
 @record
