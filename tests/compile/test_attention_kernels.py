@@ -82,11 +82,14 @@ def test_full_without_spills(target: str, head_dim: int):
         check(target, launch, spills_allowed=False)
 
 
-@pytest.mark.parametrize(("head_dim", "causal"), [(64, True), (128, False), (128, True), (256, True)])
-def test_hopper_with_descriptors(head_dim: int, causal: bool, monkeypatch):
+@pytest.mark.parametrize(
+    ("head_dim", "causal", "length"),
+    [(64, True, 512), (128, False, 512), (128, False, 4096), (128, True, 512), (256, True, 512)],
+)
+def test_hopper_with_descriptors(head_dim: int, causal: bool, length: int, monkeypatch):
     monkeypatch.setattr(heuristics, "_DESCRIPTOR_FAMILIES", frozenset({"cuda90"}))
     heuristics._known.cache_clear()
-    for launch in launches("cuda:90", head_dim, causal):
+    for launch in launches("cuda:90", head_dim, causal, length=length):
         check("cuda:90", launch, spills_allowed=False)
     heuristics._known.cache_clear()
 

@@ -20,6 +20,8 @@ SHORT, LONG = TILE + 5, 2 * TILE + 10
 BASE = Case(batch=2, seqlen_q=SHORT, seqlen_k=LONG, heads=2, heads_k=1, head_dim=16 if ON_CPU else 64)
 CASES = {
     "full": BASE,
+    "full_one_tile": BASE._replace(seqlen_k=TILE - 3),
+    "full_whole_tiles": BASE._replace(seqlen_q=2 * TILE, seqlen_k=3 * TILE),
     "causal": BASE._replace(right=0),
     "causal_tall": BASE._replace(seqlen_q=LONG, seqlen_k=SHORT, right=0),
     "window": BASE._replace(left=TILE, right=9),
@@ -66,3 +68,14 @@ def test_long_plain_calls_of_16_bits_take_them_before_others():
         assert rest
         assert not any(c.by_descriptor for p in others for c in (*rest, *kernel(p, hopper)))
         assert not any(c.by_descriptor for c in kernel(plain, hopper._replace(family="cuda100")))
+
+
+def test_full_calls_over_many_keys_take_larger_tiles():
+    hopper = Device("cuda90", 227 * 1024, 132)
+    full = Case(batch=1, seqlen_q=2048, seqlen_k=2048, heads=8, heads_k=8, head_dim=128).problem(torch.bfloat16)
+    banded = full._replace(right=0)
+    assert heuristics.forward(full, hopper) == heuristics.forward(banded, hopper)
+    longer = [p._replace(seqlen_k=heuristics._MANY_KEYS) for p in (full, banded)]
+    assert heuristics.forward(longer[0], hopper)[0].block_m > heuristics.forward(longer[1], hopper)[0].block_m
+    for kernel in (heuristics.dkdv, heuristics.dq):
+        assert kernel(full, hopper)[0] == kernel(longer[0], hopper)[0]
