@@ -139,6 +139,9 @@ class _Plan:
         self._append = cache_append.plan(c) if c.new > 0 or c.rotary_cos is not None else None
         self._is_recorded = not uses_triton(c.q)  # by autograd, which does not see what Triton's kernels do
         self._is_debug = env.debug()
+        is_plain = is_wide and c.rotary_cos is None and not self._must_gather
+        self._may_join = is_plain and c.new > 0 and uses_triton(c.q)
+        self._is_joined = False  # the kernel that attends appends, too
         self._reads_lengths = c.k is not None and (self._is_debug or c.q.device.type == "cpu")
         check_call(c, _inputs(c, c.q, c.cache_seqlens, _table(c)))
 
@@ -150,7 +153,11 @@ class _Plan:
         if self._append is not None:
             if self._reads_lengths:
                 check_values(c)
-            q, lengths = self._append(c, table)
+            if self._forward is None and self._may_join:
+                forward = ops.plan_forward(_inputs(c, q, lengths, table), c.left, c.right, c.num_splits)
+                self._is_joined = c.new <= getattr(forward, "most_new", 0)
+            if not self._is_joined:
+                q, lengths = self._append(c, table)
         inputs = _inputs(c, q, lengths, table)
         if self._must_gather:
             keys, values = (x.index_select(0, c.cache_batch_idx) for x in (c.k_cache, c.v_cache))
@@ -166,7 +173,10 @@ class _Plan:
         else:
             like_out, like_lse = self._likes  # a third of the time of torch.empty
             out, lse = torch.empty_like(like_out), torch.empty_like(like_lse)
-        self._forward(inputs, out, lse)
+        if self._is_joined:
+            self._forward(inputs, out, lse, (c.k, c.v))
+        else:
+            self._forward(inputs, out, lse)
         return out, lse
 
 

@@ -11,8 +11,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 LENGTHS = (900, 17, 0, 1000)
 
 
-def step_over(capacity, page=0, dtype=torch.bfloat16):
-    """A decode step with append and rotary over caches of the given capacity, and what it writes into."""
+def step_over(capacity, page=0, dtype=torch.bfloat16, is_rotary=True):
+    """A decode step with append, and rotary or not, over caches of the given capacity, and what it writes into."""
     generator = torch.Generator("cuda").manual_seed(3)
     draw = lambda *shape: torch.randn(shape, device="cuda", generator=generator).to(dtype)  # noqa: E731
     q, k, v = draw(4, 1, 8, 64), draw(4, 1, 2, 64), draw(4, 1, 2, 64)
@@ -21,7 +21,8 @@ def step_over(capacity, page=0, dtype=torch.bfloat16):
     caches = torch.full((2, 4, capacity, 2, 64), torch.nan, device="cuda", dtype=dtype)
     caches[:, :, :1024] = rows
     options = {"cache_seqlens": torch.tensor(LENGTHS, device="cuda", dtype=torch.int32), "causal": True}
-    options |= {"rotary_cos": angles.cos().to(dtype), "rotary_sin": angles.sin().to(dtype)}
+    if is_rotary:
+        options |= {"rotary_cos": angles.cos().to(dtype), "rotary_sin": angles.sin().to(dtype)}
     k_cache, v_cache = caches
     if page:
         options["block_table"] = torch.arange(4 * capacity // page, device="cuda", dtype=torch.int32).view(4, -1)
@@ -41,9 +42,10 @@ def captured(step):
     return graph, results
 
 
+@pytest.mark.parametrize("is_rotary", [False, True])
 @pytest.mark.parametrize("page", [0, 1, 16, 256])
-def test_a_graph_replays_what_eager_mode_computes(page):
-    step, _ = step_over(1024, page)
+def test_a_graph_replays_what_eager_mode_computes(page, is_rotary):
+    step, _ = step_over(1024, page, is_rotary=is_rotary)
     eager = step()
     graph, results = captured(step)
     for x in results:

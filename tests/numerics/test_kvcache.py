@@ -6,7 +6,8 @@ import pytest
 import torch
 from serving import BACKENDS, is_interpreted
 
-from flash_attn_plus import InvalidArgument, attention_with_kvcache, use_backend
+from flash_attn_plus import InvalidArgument, attention_with_kvcache, ops, use_backend
+from flash_attn_plus.problem import AttentionInputs
 from flash_attn_plus.reference import attention_reference
 from flash_attn_plus.testing import assert_close
 from flash_attn_plus.tuning import decode as tuning
@@ -283,6 +284,50 @@ def test_nothing_is_written_outside_the_cache(layout, device):
     assert not written[0].any()
     assert not written[-1].any()
     assert int(written.sum()) == (1 if table is not None else 1 + 3)  # of 9 new tokens, those with a place
+
+
+# name -> layout, shape, options of the call
+JOINED = {
+    "window shorter than the new keys": ("dense", {"queries": 1}, {"new": 16, "window_size": (3, 0)}),
+    "window, pages of one key": ("page1", {"queries": 5}, {"new": 13, "window_size": (5, 0), "num_splits": 4}),
+    "new keys in several splits": ("page16", {"queries": 16}, {"new": 16, "causal": True, "num_splits": 8}),
+    "queries of several tiles": ("dense", {"queries": 16, "heads": 8, "heads_k": 1}, {"new": 12, "causal": True}),
+    "chosen rows": ("batch_idx", {"queries": 2}, {"new": 2, "causal": True}),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_attention_appends_a_few_keys_itself(name, device, monkeypatch):
+    from flash_attn_plus import cache_append
+
+    layout, shape, options = JOINED[name]
+    monkeypatch.setitem(OPTIONS, name, options)
+    monkeypatch.setattr(cache_append.TritonAppend, "__call__", None)
+    setup = make(layout, name, torch.float16, device, **shape)
+    with use_backend("triton"):
+        out, lse, k_cache, v_cache = call(setup)
+    at = setup.options["cache_seqlens"][:, None].long() + torch.arange(options["new"], device=device)
+    rows, slots = setup.rows.gather(1, at), setup.slots.gather(1, at)
+    k_kept, v_kept = setup.k_cache.clone(), setup.v_cache.clone()
+    k_kept[rows, slots], v_kept[rows, slots] = setup.k, setup.v
+    assert same_bits(k_cache, k_kept)
+    assert same_bits(v_cache, v_kept)
+    check(setup, out, lse, k_cache, v_cache)
+
+
+def test_attention_writes_nothing_outside_the_cache(device):
+    setup = make("dense", "append", torch.float16, device)
+    lengths = torch.tensor([CAPACITY - 1, 70, 10 * CAPACITY], dtype=torch.int32, device=device)
+    whole = torch.zeros((2, 5, *setup.k_cache.shape[1:]), dtype=torch.float16, device=device)
+    inputs = AttentionInputs(setup.q, *whole[:, 1:-1], 1.0, seqused_k=lengths)
+    with use_backend("triton"):
+        out, lse = ops.allocate_outputs(setup.q, setup.q, False)
+        ops.plan_forward(inputs, -1, 0)(inputs, out, lse, (setup.k, setup.v))
+    for x in whole:
+        written = x.any(-1).any(-1)
+        assert not written[0].any()
+        assert not written[-1].any()
+        assert int(written.sum()) == 1 + 3
 
 
 @pytest.mark.parametrize("what", ["length", "page", "row"])

@@ -8,21 +8,30 @@ from flash_attn_plus import device
 from flash_attn_plus.backends import triton_counters, triton_replay
 from flash_attn_plus.backends import triton_launch as launch
 from flash_attn_plus.backends.triton_replay import Replay
+from flash_attn_plus.kernels.features import Features
 from flash_attn_plus.kernels.triton import decode as kernels
 from flash_attn_plus.problem import AttentionInputs, AttentionProblem
 from flash_attn_plus.tuning import decode as tuning
 from flash_attn_plus.tuning.config import padded, power_of_two
 from flash_attn_plus.tuning.decode import DecodeConfig
 
+New = tuple[Tensor, Tensor]  # keys and values (b, new, hk, d), as yet outside the cache
+
+_MOST_NEW = 16  # one tile of rows
+
 
 class SplitPlan:
-    """The launch of decode calls that share shapes, strides and numbers."""
+    """The launch of decode calls that share shapes, strides and numbers.
+
+    Calls may bring up to `most_new` new keys of each sequence, which the launch then writes into the cache.
+    """
 
     def __init__(self, problem: AttentionProblem, inputs: AttentionInputs):
         self._problem = problem
         self._features = launch.features(problem, inputs)
         self._is_paired = _can_pair(problem, inputs.v)
         self._arch = _arch(device.probe(problem.device))
+        self.most_new = _MOST_NEW if _can_append(problem, self._features) else 0
         self._is_settled = False  # on a configuration that the device takes
         self._index = problem.device.index
         self._counters = triton_counters.of(problem.device)
@@ -36,44 +45,48 @@ class SplitPlan:
         self._tiles_m = -(-rows // c.block_m)
         self._rows = power_of_two(rows) if self._tiles_m == 1 else c.block_m
         self._tiles = self._tiles_m * p.heads_k * p.batch
-        self._grid = (self._tiles * self._splits.launched,)
+        self._grid = (self._tiles, self._splits.launched)
         self._parts: Tensor | None = None  # without memory: a size for torch.empty_like, which is the faster
         if self._splits.launched > 1 or c.shares > 1:
-            number = self._grid[0] * c.shares * self._rows * (p.head_dim_v + 1)
+            number = self._tiles * self._splits.launched * c.shares * self._rows * (p.head_dim_v + 1)
             self._parts = torch.empty((), dtype=torch.float32, device=p.device).expand(number)
         self._replay = None
 
-    def __call__(self, x: AttentionInputs, out: Tensor, lse: Tensor) -> None:
-        """Launch on the current stream of the problem's device; q, k and v must be as aligned as at the first call."""
+    def __call__(self, x: AttentionInputs, out: Tensor, lse: Tensor, new: New | None = None) -> None:
+        """Launch on the current stream of the problem's device; q, k and v must be as aligned as at the first call.
+
+        Either all calls bring as many new keys, behind those that `x.seqused_k` counts, or none does.
+        """
         if self._replay is not None and self._index == torch.cuda.current_device() and triton_replay.may_replay():
             if self._problem.is_varlen_q:
                 out.zero_()  # rows behind the last sequence belong to no program
-            tensors = self._tensors(x, out, lse)  # held until the launch: memory of parts is nobody else's before it
+            # Held until the launch: memory of parts is nobody else's before it.
+            tensors = self._tensors(x, out, lse, new)
             self._replay(*triton_replay.addresses(tensors))
             return
         with launch._on(self._problem.device):
             if self._problem.is_varlen_q:
                 out.zero_()
             if self._is_settled:
-                self._launch(x, out, lse)
+                self._launch(x, out, lse, new)
                 return
             for c in tuning.configs(self._problem, device.probe(self._problem.device)):
                 self._use(c)
                 try:
-                    self._launch(x, out, lse)
+                    self._launch(x, out, lse, new)
                     self._is_settled = True
                     return
                 except triton.runtime.errors.OutOfResources as error:
                     refusal = error
             raise refusal
 
-    def _tensors(self, x: AttentionInputs, out: Tensor, lse: Tensor) -> tuple:
+    def _tensors(self, x: AttentionInputs, out: Tensor, lse: Tensor, new: New | None) -> tuple:
         parts = counters = None
         if self._parts is not None:
             parts, counters = torch.empty_like(self._parts), self._counters.zeros(self._tiles)
         return (
             x.q, x.k, x.v, out, lse, x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_k, x.leftpad_k,
-            x.block_table, x.alibi_slopes, x.k_descale, x.v_descale, parts, counters,
+            x.block_table, x.alibi_slopes, x.k_descale, x.v_descale, *(new or (x.q, x.q)), parts, counters,
         )  # fmt: skip
 
     def _out_strides(self, out: Tensor, lse: Tensor) -> tuple[int, ...]:
@@ -82,12 +95,13 @@ class SplitPlan:
 
     def _combined_at_a_time(self, width: int) -> tuple[int, int]:
         """(rows, parts) that the last program combines at a time, so that each thread's elements fit its registers."""
-        warps = self._config.num_warps
-        rows = min(self._rows, max(1, 16 * 32 * warps // width))
-        return rows, max(1, min(16, 10 * warps * 32 * warps // (rows * width)))
+        threads, in_flight = 32 * self._config.num_warps, 8 * self._config.num_warps  # of several warps, more is free
+        rows = min(self._rows, max(1, 8 * threads // width))
+        parts = power_of_two(self._splits.launched * self._config.shares)
+        return rows, max(1, min(parts, 16, in_flight * threads // (rows * width)))
 
-    def _launch(self, x: AttentionInputs, out: Tensor, lse: Tensor) -> None:
-        p, c, s, tensors = self._problem, self._config, self._splits, self._tensors(x, out, lse)
+    def _launch(self, x: AttentionInputs, out: Tensor, lse: Tensor, new: New | None) -> None:
+        p, c, s, tensors = self._problem, self._config, self._splits, self._tensors(x, out, lse, new)
         packed_k = p.is_varlen_k
         if self._is_paired:
             tensors = (*tensors[:2], x.v.view(torch.int16), *tensors[3:])
@@ -96,13 +110,14 @@ class SplitPlan:
         tail = (
             *launch._row_strides(x.q, p.is_varlen_q), *launch._row_strides(x.k, packed_k),
             *launch._row_strides(tensors[2], packed_k), *self._out_strides(out, lse),
+            *(n for y in new or () for n in y.stride()[:3]), *(() if new else (0,) * 6),
             x.block_table.stride(0) if p.page_size else 0, launch._slope_stride(x.alibi_slopes),
-            *descale_strides(x.k_descale),
-            p.seqlen_q, p.seqlen_k, p.heads, p.heads // p.heads_k, p.left, p.right, p.page_size,
-            *launch._scalars(x)[:3], s.number, s.launched, self._tiles_m,
+            *descale_strides(x.k_descale), new[0].shape[1] if new else 0, x.k.shape[0],
+            p.seqlen_q, p.seqlen_k, p.heads_k, p.heads // p.heads_k, p.left, p.right, p.page_size,
+            *launch._scalars(x)[:3], s.number, self._tiles_m,
             p.head_dim, p.head_dim_v, padded(p.head_dim), padded(p.head_dim_v), c.block_m, c.block_n, self._rows,
-            s.least_tiles, s.launched > 1, 0 if is_whole else p.page_size, x.k_descale is not None,
-            self._features, c.shares, rows, step, self._arch,
+            s.least_tiles, s.launched > 1, self._tiles_m > 1, 0 if is_whole else p.page_size, x.k_descale is not None,
+            self.most_new, self._features, c.shares, rows, step, self._arch,
         )  # fmt: skip
         options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
         compiled = kernels.attention_split_kernel[self._grid](*tensors, *tail, **options)
@@ -119,6 +134,12 @@ def _can_pair(p: AttentionProblem, v: Tensor) -> bool:
     if p.cache_dtype is None or p.dtype.itemsize != 2 or p.head_dim_v < 32:
         return False
     return not any(n & 1 for n in (p.head_dim_v, v.data_ptr(), *v.stride()[:-1]))
+
+
+def _can_append(p: AttentionProblem, f: Features) -> bool:
+    """Whether the kernel can write new keys before it reads them: where a barrier orders a program's own accesses."""
+    is_plain = f.has_used_k and not (f.has_cu_q or f.has_cu_k or f.has_leftpad) and p.cache_dtype is None
+    return is_plain and device.probe(p.device).family.startswith(("cuda", "interpreter"))
 
 
 def descale_strides(descale: Tensor | None) -> tuple[int, int]:

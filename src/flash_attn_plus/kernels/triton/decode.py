@@ -5,11 +5,31 @@ The queries of all heads that share keys are the rows of one tile, so that keys 
 warp runs a softmax of its own over its share, and none waits for another before the end.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from flash_attn_plus.kernels.triton import mask, score, sequence, softmax, splits
 from flash_attn_plus.kernels.triton.call import Band, Rule
+
+
+class Table(NamedTuple):
+    """Where the pages of a sequence are told, for paged keys."""
+
+    ptr: tl.tensor
+    page_size: tl.tensor
+    pages: tl.tensor  # those that there are
+
+
+class New(NamedTuple):
+    """New rows of one sequence and head, and the cached ones; in a paged cache those of the first page."""
+
+    ptr: tl.tensor
+    stride: tl.tensor
+    cache_ptr: tl.tensor
+    stride_row: tl.tensor
+    stride_page: tl.tensor
 
 
 @triton.jit
@@ -99,73 +119,108 @@ def _zeros(BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, SHARES: tl.constexpr):
         return tl.zeros([SHARES, BLOCK_M, WIDTH], tl.float32)
 
 
+@triton.jit
+def _append(new, old, begin, end, table, dims, DIMS: tl.constexpr, MOST_NEW: tl.constexpr, F: tl.constexpr):
+    """Write the new rows [begin, end) behind the `old` ones; those on pages that do not exist are not written."""
+    row = tl.arange(0, MOST_NEW)[:, None]
+    at, is_row, ptr = old + row, (row >= begin) & (row < end), new.cache_ptr
+    if F.is_paged:
+        page = tl.load(table.ptr + at // table.page_size, mask=is_row, other=-1)
+        is_row &= (page >= 0) & (page < table.pages)
+        at = at % table.page_size
+        ptr += page.to(tl.int64) * new.stride_page
+    is_read = is_row & (dims < DIMS)
+    x = tl.load(new.ptr + row.to(tl.int64) * new.stride + dims, mask=is_read, other=0.0)
+    tl.store(ptr + at.to(tl.int64) * new.stride_row + dims, x, mask=is_read)
+
+
+@triton.jit
+def _factors(k_descale_ptr, v_descale_ptr, batch, head, stride_batch, stride_head, HAS_DESCALE: tl.constexpr):
+    """What keys and values of a sequence and head are multiplied with."""
+    if HAS_DESCALE:
+        at = batch.to(tl.int64) * stride_batch + head * stride_head
+        return tl.load(k_descale_ptr + at), tl.load(v_descale_ptr + at)
+    else:
+        return 1.0, 1.0
+
+
+@triton.jit
+def _tiles_of(split, first, end, most_splits, LEAST_TILES: tl.constexpr, IS_SPLIT: tl.constexpr):
+    """(first tile of a split, its end, tiles of each split) of the tiles [first, end) of keys.
+
+    They follow from the keys in use, whatever the number of programs launched.
+    """
+    if IS_SPLIT:
+        chunk = tl.maximum(tl.cdiv(end - first, most_splits), LEAST_TILES)
+        low = first + split * chunk
+        return low, tl.minimum(low + chunk, end), chunk
+    else:
+        return first, end, end - first
+
+
 @triton.jit(
     do_not_specialize=[
-        "len_q", "len_k", "heads", "group", "left", "right", "page_size", "stride_lb", "stride_lh", "most_splits",
-        "launched", "tiles_m",
+        "len_q", "len_k", "heads_k", "group", "left", "right", "page_size", "stride_lb", "stride_lh", "most_splits",
+        "tiles_m", "new", "pages", "stride_nb", "stride_ns", "stride_nh", "stride_wb", "stride_ws", "stride_wh",
     ],
     do_not_specialize_on_alignment=[
         "cu_q_ptr", "cu_k_ptr", "used_k_ptr", "leftpad_ptr", "table_ptr", "slopes_ptr", "k_descale_ptr",
-        "v_descale_ptr",
+        "v_descale_ptr", "k_new_ptr", "v_new_ptr",
     ],
 )  # fmt: skip
 def attention_split_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, used_k_ptr, leftpad_ptr, table_ptr, slopes_ptr,
-    k_descale_ptr, v_descale_ptr, parts_ptr, counters_ptr,
+    k_descale_ptr, v_descale_ptr, k_new_ptr, v_new_ptr, parts_ptr, counters_ptr,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_ob, stride_os, stride_oh, stride_lb, stride_lh,
-    stride_table, stride_slopes, stride_descale_b, stride_descale_h,
-    len_q, len_k, heads, group, left, right, page_size, scale, sign, softcap, most_splits, launched, tiles_m,
+    stride_nb, stride_ns, stride_nh, stride_wb, stride_ws, stride_wh,
+    stride_table, stride_slopes, stride_descale_b, stride_descale_h, new, pages,
+    len_q, len_k, heads_k, group, left, right, page_size, scale, sign, softcap, most_splits, tiles_m,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, R: tl.constexpr, LEAST_TILES: tl.constexpr,
-    IS_SPLIT: tl.constexpr, PAGE_SIZE: tl.constexpr, HAS_DESCALE: tl.constexpr, F: tl.constexpr,
-    SHARES: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, ARCH: tl.constexpr,
+    IS_SPLIT: tl.constexpr, IS_TILED: tl.constexpr, PAGE_SIZE: tl.constexpr, HAS_DESCALE: tl.constexpr,
+    MOST_NEW: tl.constexpr, F: tl.constexpr, SHARES: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    ARCH: tl.constexpr,
 ):  # fmt: skip
     """out and LSE of BLOCK_M rows, each a query of one of the heads that share keys, over one split of the keys.
 
     Programs that share keys, or shares that do, write R rows each as parts, in float32; the last program combines
-    them. ARCH is an NVIDIA GPU's compute capability, 90 for 9.0; 0 elsewhere.
+    them. With `new` keys, each program first writes those that it reads into the cache: between them, they write all.
+    ARCH is an NVIDIA GPU's compute capability, 90 for 9.0; 0 elsewhere.
     """
-    tile_m = tl.program_id(0) % tiles_m
-    rest = tl.program_id(0) // tiles_m
-    split = rest % launched
-    batch_head = rest // launched
-    heads_k = heads // group
-    batch, head_k = batch_head // heads_k, batch_head % heads_k
+    tile, tile_m, row0 = tl.program_id(0), 0, 0
+    if IS_TILED:
+        tile_m = tile % tiles_m
+        row0 = tile_m * BLOCK_M // group
+        tile = tile // tiles_m
+    batch, head_k, split = tile // heads_k, tile % heads_k, tl.program_id(1)
     q_start, len_q = sequence.query_span(cu_q_ptr, batch, len_q, F)
+    k_start, old = sequence.key_span(cu_k_ptr, used_k_ptr, leftpad_ptr, batch, len_k, F)
+    len_k = tl.minimum(old + new, len_k) if MOST_NEW > 0 else old
     packed = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # row = query * group + head within the group
     rows, head = packed // group, head_k * group + packed % group
     dims = tl.arange(0, BLOCK_D)
     q_base = q_ptr + batch.to(tl.int64) * stride_qb + q_start * stride_qs
     q_ptrs = q_base + (rows.to(tl.int64) * stride_qs + head * stride_qh)[:, None] + dims[None, :]
-    # Before the keys' number is waited for, so that both are on their way at once.
     q = tl.load(q_ptrs, mask=(rows < len_q)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
-    k_start, len_k = sequence.key_span(cu_k_ptr, used_k_ptr, leftpad_ptr, batch, len_k, F)
-    row0 = tile_m * BLOCK_M // group
-    if row0 >= len_q:
+    if (IS_TILED or F.has_cu_q) and row0 >= len_q:
         return
     band = Band(len_q, len_k, left, right)
     first, _full_first, _full_end, end = mask.key_tiles(row0, band, F, BLOCK_M, BLOCK_N)
-    chunk = tl.maximum(tl.cdiv(end - first, most_splits), LEAST_TILES)  # whatever the number of programs launched
-    number = tl.maximum(tl.cdiv(end - first, chunk), 1)  # of splits that have keys
-    if split >= number:
+    low, high, chunk = _tiles_of(split, first, end, most_splits, LEAST_TILES, IS_SPLIT)
+    if (low >= end) & (split > 0):
         return
-    low = first + split * chunk
-    high = tl.minimum(low + chunk, end)
-
     IS_PAIRED: tl.constexpr = v_ptr.dtype.element_ty == tl.int16
     WIDTH_V: tl.constexpr = HEAD_DIM_V // 2 if IS_PAIRED else HEAD_DIM_V
     BLOCK_W: tl.constexpr = BLOCK_DV // 2 if IS_PAIRED else BLOCK_DV
     dims_v = tl.arange(0, BLOCK_W)
-    factor_v = 1.0
-    if HAS_DESCALE:
-        descale = batch.to(tl.int64) * stride_descale_b + head_k * stride_descale_h
-        scale *= tl.load(k_descale_ptr + descale)
-        factor_v = tl.load(v_descale_ptr + descale)
+    factor_k, factor_v = _factors(
+        k_descale_ptr, v_descale_ptr, batch, head_k, stride_descale_b, stride_descale_h, HAS_DESCALE
+    )
     slope = score.slope_of(slopes_ptr, batch, head, stride_slopes, F)
     if F.has_alibi:
         slope = slope[:, None]
-    rule = Rule(scale, sign, softcap, slope)
+    rule = Rule(scale * factor_k, sign, softcap, slope)
     q = score.signed(q, rule, F)
     IS_WIDENED: tl.constexpr = q_ptr.dtype.element_ty == tl.bfloat16 and k_ptr.dtype.element_ty != tl.bfloat16
     if IS_WIDENED:
@@ -177,14 +232,23 @@ def attention_split_kernel(
     k_base = _base(k_ptr, batch, head_k, k_start, stride_kb, stride_kh, stride_ks, F)
     v_base = _base(v_ptr, batch, head_k, k_start, stride_vb, stride_vh, stride_vs, F)
 
+    if MOST_NEW > 0 and new > 0:
+        begin = tl.where(split > 0, low * BLOCK_N, 0) - old  # the first split's: also what no query sees
+        stop = tl.minimum(high * BLOCK_N, len_k) - old
+        table = Table(table_ptr, page_size, pages)
+        base = sequence.base(k_new_ptr, batch, head_k, 0, stride_nb, stride_nh, stride_ns)
+        rows_k = New(base, stride_ns, k_base, stride_ks, stride_kb)
+        _append(rows_k, old, begin, stop, table, dims[None, :], HEAD_DIM, MOST_NEW, F)
+        base = sequence.base(v_new_ptr, batch, head_k, 0, stride_wb, stride_wh, stride_ws)
+        rows_v = New(base, stride_ws, v_base, stride_vs, stride_vb)
+        _append(rows_v, old, begin, stop, table, dims_v[None, :], HEAD_DIM_V, MOST_NEW, F)
+        tl.debug_barrier()
     acc = _zeros(BLOCK_M, BLOCK_W, SHARES)
     acc_odd = _zeros(BLOCK_M, BLOCK_W if IS_PAIRED else 1, SHARES)
     row_sum = tl.sum(acc_odd, len(acc_odd.shape) - 1)
     row_max = row_sum - float("inf")
     span_k, span_v = _columns(BLOCK_N, SHARES)
-    oldest = 0
-    if F.has_left:
-        oldest = row0 + len_k - len_q - left
+    oldest = row0 + len_k - len_q - left if F.has_left else 0
     pages_k = _pages(table_ptr, low * BLOCK_N, span_k, page_size, band.len_k, F, PAGE_SIZE)
     pages_v = _pages(table_ptr, low * BLOCK_N, span_v, page_size, band.len_k, F, PAGE_SIZE)
     for i in tl.range(low, high):
@@ -220,17 +284,13 @@ def attention_split_kernel(
         acc = acc.reshape([SHARES, BLOCK_M, BLOCK_DV] if SHARES > 1 else [BLOCK_M, BLOCK_DV])
     factor, lse = softmax.finish(row_max, row_sum, F)
     out = acc * tl.expand_dims(factor * factor_v, len(factor.shape))
+    number = tl.maximum(tl.cdiv(end - first, chunk), 1) if IS_SPLIT else 1  # of splits that have keys
     rows_of = splits.Rows(tile_m * BLOCK_M, batch, q_start, len_q, head_k, group)
     target = splits.Target(out_ptr, lse_ptr, stride_ob, stride_os, stride_oh, stride_lb, stride_lh)
     if SHARES == 1 and (not IS_SPLIT or number == 1):
         splits.store(out, lse, rows_of, target, HEAD_DIM_V)
     else:
-        tile = batch_head * tiles_m + tile_m
-        begin = tile.to(tl.int64) * launched * (SHARES * R)
-        parts_lse_ptr = parts_ptr + tl.num_programs(0).to(tl.int64) * (SHARES * R * HEAD_DIM_V) + begin
-        parts_ptr += begin * HEAD_DIM_V
-        splits.store_parts(out, lse, parts_ptr, parts_lse_ptr, split, SHARES, R, HEAD_DIM_V)
-        if splits.is_last(counters_ptr + tile, number):
-            splits.combine(
-                parts_ptr, parts_lse_ptr, number * SHARES, rows_of, target, R, ROWS, STEP, HEAD_DIM_V, BLOCK_DV, F
-            )
+        splits.join(
+            out, lse, split, number, parts_ptr, counters_ptr, rows_of, target,
+            R, ROWS, STEP, HEAD_DIM_V, BLOCK_DV, SHARES, F,
+        )  # fmt: skip

@@ -85,6 +85,24 @@ def is_last(counter_ptr, number):
 
 
 @triton.jit
+def join(
+    out, lse, split, number, parts_ptr, counters_ptr, rows, target, R: tl.constexpr, ROWS: tl.constexpr,
+    STEP: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, SHARES: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
+    """Write a program's parts, and by the last of the `number` programs of a tile the tile's results.
+
+    Programs are (tile, split); behind the parts of all lie their LSEs.
+    """
+    tile, launched = tl.program_id(0), tl.num_programs(1)
+    begin = tile.to(tl.int64) * launched * (SHARES * R)
+    parts_lse_ptr = parts_ptr + tl.num_programs(0).to(tl.int64) * launched * (SHARES * R * HEAD_DIM_V) + begin
+    parts_ptr += begin * HEAD_DIM_V
+    store_parts(out, lse, parts_ptr, parts_lse_ptr, split, SHARES, R, HEAD_DIM_V)
+    if is_last(counters_ptr + tile, number):
+        combine(parts_ptr, parts_lse_ptr, number * SHARES, rows, target, R, ROWS, STEP, HEAD_DIM_V, BLOCK_DV, F)
+
+
+@triton.jit
 def combine(
     parts_ptr, parts_lse_ptr, number, rows, target, R: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, F: tl.constexpr,
@@ -93,32 +111,40 @@ def combine(
 
     Every thread sums up its own elements, in the order of the parts.
     """
-    flat = tl.arange(0, ROWS * BLOCK_DV)
-    dim = flat % BLOCK_DV
+    dims = tl.arange(0, BLOCK_DV)[None, :]
     for first in tl.range(0, R, ROWS):
-        local = first + flat // BLOCK_DV
-        maximum = tl.full([ROWS * BLOCK_DV], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS * BLOCK_DV], tl.float32)
-        out = tl.zeros([ROWS * BLOCK_DV], tl.float32)
+        local = first + tl.arange(0, ROWS)
+        maximum = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        out = tl.zeros([ROWS, BLOCK_DV], tl.float32)
         for i in tl.range(0, number, STEP):
+            sums, values = (), ()
+            higher = maximum
             for j in tl.static_range(STEP):
-                part = tl.minimum(i + j, number - 1)
-                lse = tl.load(parts_lse_ptr + part * R + local, cache_modifier=".cg")
-                ptrs = parts_ptr + (part * R + local) * HEAD_DIM_V + dim
-                x = tl.load(ptrs, mask=dim < HEAD_DIM_V, other=0.0, cache_modifier=".cg")
-                has_keys = (lse != float("inf")) & (i + j < number)
-                lse = tl.where(has_keys, lse, float("-inf"))
-                higher = tl.maximum(maximum, lse)
-                pivot = tl.where(higher == float("-inf"), 0.0, higher)
-                decay = score.power((maximum - pivot) * score.unit(F), F)
-                weight = score.power((lse - pivot) * score.unit(F), F)
-                total = total * decay + weight
-                out = out * decay + tl.where(has_keys, x, 0.0) * weight
-                maximum = higher
+                at = tl.minimum(i + j, number - 1) * R + local
+                lse = tl.load(parts_lse_ptr + at, cache_modifier=".cg")
+                ptrs = parts_ptr + at[:, None] * HEAD_DIM_V + dims
+                if BLOCK_DV == HEAD_DIM_V:
+                    x = tl.load(ptrs, cache_modifier=".cg")
+                else:
+                    x = tl.load(ptrs, mask=dims < HEAD_DIM_V, other=0.0, cache_modifier=".cg")
+                lse = tl.where((lse == float("inf")) | (i + j >= number), float("-inf"), lse)
+                higher = tl.maximum(higher, lse)
+                sums, values = sums + (lse,), values + (x,)  # noqa: RUF005 - Triton has no other way
+            pivot = tl.where(higher == float("-inf"), 0.0, higher) * score.unit(F)
+            decay = score.power(maximum * score.unit(F) - pivot, F)
+            total *= decay
+            out *= decay[:, None]
+            for j in tl.static_range(STEP):
+                weight = score.power(sums[j] * score.unit(F) - pivot, F)
+                total += weight
+                weight = weight[:, None]
+                out += tl.where(weight > 0.0, values[j], 0.0) * weight  # what a part without keys holds may be NaN
+            maximum = higher
         is_empty = total == 0.0
         total = tl.where(is_empty, 1.0, total)
         whole = tl.where(is_empty, float("inf"), maximum + tl.log2(total) * softmax.LN2)
         is_row, out_ptrs, lse_ptrs = _places(local, rows, target)
-        tl.store(lse_ptrs, whole, mask=is_row & (dim == 0))
-        out = (out / total).to(target.out_ptr.dtype.element_ty)
-        tl.store(out_ptrs + dim, out, mask=is_row & (dim < HEAD_DIM_V))
+        tl.store(lse_ptrs, whole, mask=is_row)
+        out = (out / total[:, None]).to(target.out_ptr.dtype.element_ty)
+        tl.store(out_ptrs[:, None] + dims, out, mask=is_row[:, None] & (dims < HEAD_DIM_V))
