@@ -12,6 +12,7 @@ import fcntl
 import os
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from benchmarks.providers import FACTORIES, PACKED, WINDOWED, Attention, Packed,
 from benchmarks.record import RESULTS, Record
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-PROVIDERS = ("gluon", "cuDNN (SDPA)", "FA2 (SDPA)", "FA3", "FA4")
+PROVIDERS = ("gluon", "FA4", "FA3", "cuDNN (SDPA)", "FA2 (SDPA)")
 WINDOW = 1024
 REFERENCE = "FA2 (SDPA)"
 REPEATABLE = "gluon, deterministic"
@@ -68,39 +69,39 @@ def milliseconds(calls: Calls, budget: float = 1.5) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in found.items()}
 
 
-def _passes(case: str, runs: dict[str, Callable[..., Tensor]], tensors: list[Tensor], work: float) -> Cell:
-    """The passes of those providers that serve the case; a wrong one ends the program."""
-    *inputs, dout = tensors
-    cell, reference = Cell(case, {}, {}, work), None
-    for name in sorted(runs, key=lambda name: name != REFERENCE):
-        run, leaves = runs[name], [x.detach().requires_grad_() for x in inputs]
+def _check(case: str, name: str, found: tuple[Tensor, ...], expected: dict[int, tuple[Tensor, ...]]) -> None:
+    """End the program when results differ from those that the first provider gave, output or gradients."""
+    first = expected.setdefault(len(found), found)
+    if not all(map(is_right, found, first)):
+        raise SystemExit(f"{name} is wrong on {case}, or {REFERENCE} is")
 
-        def forward(run=run, name=name) -> Tensor:
-            with torch.no_grad(), serving(name.partition(",")[0]):
+
+def _passes(case: str, runs: dict[str, Callable[..., Tensor]], tensors: list[Tensor], work: float) -> Cell:
+    """The passes of those providers that serve the case."""
+    *inputs, dout = tensors
+    cell, expected = Cell(case, {}, {}, work), {}
+    for name in sorted(runs, key=lambda name: name != REFERENCE):
+        run, leaves, backend = runs[name], [x.detach().requires_grad_() for x in inputs], name.partition(",")[0]
+
+        def forward(run=run, backend=backend) -> Tensor:
+            with torch.no_grad(), serving(backend):
                 return run(*inputs)
 
+        def backward(out: Tensor, leaves=leaves, backend=backend) -> tuple[Tensor, ...]:
+            with serving(backend):
+                return torch.autograd.grad(out, leaves, dout, retain_graph=True)
+
         try:
-            out = forward()
-        except (RuntimeError, NotImplementedError, TypeError, AttributeError, AssertionError) as error:
-            print(f"{case}: {name} does not serve it: {type(error).__name__}: {str(error)[:100]}", flush=True)
-            continue
-        reference = out if reference is None else reference
-        if not is_right(out, reference):
-            raise SystemExit(f"{name} is wrong on {case}")
-        cell.forward[name] = forward
-        try:
-            with serving(name.partition(",")[0]):
+            _check(case, name, (forward(),), expected)
+            cell.forward[name] = forward
+            with serving(backend):
                 out = run(*leaves)
-
-            def backward(out=out, leaves=leaves, name=name) -> tuple[Tensor, ...]:
-                with serving(name.partition(",")[0]):
-                    return torch.autograd.grad(out, leaves, dout, retain_graph=True)
-
-            if out.requires_grad and all(x.isfinite().all() for x in backward()):
-                cell.backward[name] = backward
+            _check(case, name, backward(out), expected)
+            cell.backward[name] = partial(backward, out)
         except (RuntimeError, NotImplementedError, TypeError, AttributeError, AssertionError) as error:
-            print(f"{case}: {name} has no gradients: {type(error).__name__}: {str(error)[:100]}", flush=True)
-    return cell
+            print(f"{case}: {name} does not serve all: {type(error).__name__}: {str(error)[:100]}", flush=True)
+    in_order = ({n: calls[n] for n in runs if n in calls} for calls in (cell.forward, cell.backward))
+    return Cell(case, *in_order, work)
 
 
 def dense(head_dim: int, causal: bool, length: int, runs: dict[str, Attention]) -> Cell:
