@@ -72,7 +72,7 @@ def hopper(files: list[Results], axes: list[Axes]) -> None:
         axes, [(m, d) for m in ("forward", "backward") for d in (64, 128, 256)], strict=True
     ):
         rows = find("hopper", metric, files).select("hopper", metric)
-        for provider in ("gluon", "cuDNN (SDPA)", "FA2 (SDPA)"):
+        for provider in ("gluon", "FA4", "FA3", "cuDNN (SDPA)", "FA2 (SDPA)"):
             chosen = [r for r in rows if r.provider == provider and r.case.startswith(f"d{dim} causal s") and r.value]
             points = sorted((int(r.case.split(" s")[1]), r.value) for r in chosen)
             if points:

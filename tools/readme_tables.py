@@ -15,7 +15,8 @@ MARKS = {
     "matrix": ("<!-- matrix: written by `make readme`; do not edit -->", "<!-- end of matrix -->"),
     "results": ("<!-- results: written by `make readme`; do not edit -->", "<!-- end of results -->"),
 }
-SUITE, PROVIDERS, LENGTHS = "hopper", ("gluon", "cuDNN (SDPA)", "FA2 (SDPA)"), ("s2048", "s8192")
+SUITE, PROVIDERS = "hopper", ("gluon", "FA4", "FA3", "cuDNN (SDPA)", "FA2 (SDPA)")
+LENGTHS = ("s2048", "s8192")
 MEASURED = {"en": "Measured on {}.", "zh": "测量环境：{}。"}  # noqa: RUF001 - Chinese punctuation
 
 
