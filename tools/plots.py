@@ -17,7 +17,7 @@ INKS = {"light": {"ink": "#24292f", "grid": "#d8dee4"}, "dark": {"ink": "#e6e6e6
 # Ours in warm colours, others in cold ones; every pair is told apart by lightness too.
 COLOURS = {
     "gluon": "#e4572e", "triton": "#f3a712", "flash_attn_plus": "#e4572e", "cuDNN (SDPA)": "#2e86ab",
-    "FA2 (SDPA)": "#8fb8de", "FA3": "#5b5f97", "FA4": "#3b3561", "FlexAttention": "#76949f", "FlagGems": "#b8c5d6",
+    "FA2 (SDPA)": "#8fb8de", "FA3": "#b39ddb", "FA4": "#7e57c2", "FlexAttention": "#76949f", "FlagGems": "#b8c5d6",
     "torch.compile": "#2e86ab", "Liger-Kernel": "#8fb8de", "PyTorch": "#76949f", "SDPA": "#2e86ab",
 }  # fmt: skip
 
