@@ -126,6 +126,7 @@ def test_both_libraries_absent_leaves_our_kernels_with_both_reasons(installed, m
         ((), {"is_backward": True, "heads_k": 4, "right": 3, "left": 9, "is_varlen_q": True}, "fa2"),
         ((), {"is_backward": True, "heads_k": 4, "right": 3, "left": 9}, "fa4"),
         ((), {"seqlen_q": 512, "seqlen_k": 512, "is_backward": True}, "cudnn"),
+        ((), {"heads_k": 4, "left": 100}, "fa4"),
         (("fa3", "fa4"), {}, "cudnn"),
         (("fa3", "fa4"), {"left": 100}, "fa2"),
         (("fa3", "fa4", "fa2"), {"left": 100}, "torch_fa2"),
@@ -141,6 +142,14 @@ def test_the_fittest_engine_serves(installed, absent, change, engine):
     installed(*absent)
     found, _ = cuda_original.judge(PLAIN._replace(**change))
     assert found.name == engine
+
+
+def test_left_windows_are_not_asked_of_fa3(installed):
+    fa3 = cuda_original.engine("fa3")
+    assert not fa3.reasons(PLAIN)
+    assert not fa3.reasons(PLAIN._replace(right=30))
+    for left, right in ((100, 0), (100, 30), (0, -1)):
+        assert "left windows" in " ".join(fa3.reasons(PLAIN._replace(left=left, right=right)))
 
 
 def test_a_measured_advantage_puts_cuda_first_and_shows_the_number(installed):
