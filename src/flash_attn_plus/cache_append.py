@@ -123,7 +123,7 @@ class TritonAppend:
 
         k, v, k_cache, v_cache, q, turned, *_, table, descale, _ = tensors
         heads, heads_k, d, dv = q.shape[2], k_cache.shape[2], q.shape[3], v.shape[3]
-        half = c.rotary_cos.shape[1] if c.rotary_cos is not None else 0
+        angles, half = (0, 0) if c.rotary_cos is None else c.rotary_cos.shape
         tokens, most_heads = (c.new + q.shape[1], heads) if half else (c.new, heads_k)
         block_d, block_dv = power_of_two(d), power_of_two(dv)
         block_h = min(power_of_two(most_heads), max(1, 4096 // max(block_d, block_dv)))
@@ -132,7 +132,7 @@ class TritonAppend:
         tail = (
             *(n for triple in strides for n in triple), half, 0 if table is None else table.stride(0),
             *descale_strides(descale), c.new, q.shape[1], heads, heads_k, k_cache.shape[1], c.capacity,
-            k_cache.shape[0], int(_is_banded(c)), d, dv, block_d, block_dv, block_h, half, c.rotary_interleaved,
+            k_cache.shape[0], angles, int(_is_banded(c)), d, dv, block_d, block_dv, block_h, half, c.rotary_interleaved,
             table is not None, descale is not None,
         )  # fmt: skip
         compiled = cache_append_kernel[grid](*tensors, *tail, num_warps=4)

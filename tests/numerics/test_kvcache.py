@@ -180,6 +180,19 @@ def test_attention_over_a_cache(backend, name, layout, dtype, device):
 
 
 @BOTH
+@pytest.mark.parametrize("more", [0, 8])
+def test_queries_behind_the_cache_turn_as_far_as_the_tables_reach(backend, more, device):
+    setup = make("dense", "rotary", torch.float16, device, queries=8)
+    angles = torch.outer(torch.arange(CAPACITY + 8, device=device), torch.linspace(1.0, 0.1, 8, device=device))
+    angles[CAPACITY + more :] = 0.0  # what is left as it is
+    tables = {"rotary_cos": angles.cos().half(), "rotary_sin": angles.sin().half()}
+    given = {name: x[: CAPACITY + more] for name, x in tables.items()}
+    with use_backend(backend):
+        results = call(setup, **given)
+    check(setup._replace(options=setup.options | tables), *results)
+
+
+@BOTH
 @pytest.mark.parametrize("shape", [(1, 8, 1, 24, 40), (16, 2, 2, 64, 64), (5, 16, 1, 32, 16), (40, 4, 2, 32, 32)])
 def test_shapes_of_queries_and_heads(backend, shape, device):
     queries, heads, heads_k, d, dv = shape

@@ -9,10 +9,13 @@ import triton.language as tl
 
 @triton.jit
 def _turned(
-    row_ptrs, is_head, dims, position, capacity, cos_ptr, sin_ptr, stride_cos,
+    row_ptrs, is_head, dims, position, angles, cos_ptr, sin_ptr, stride_cos,
     HEAD_DIM: tl.constexpr, HALF: tl.constexpr, IS_INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Rows in float32 whose first 2 * HALF features are turned by the angles of a position; HALF = 0 turns none."""
+    """Rows in float32 whose first 2 * HALF features are turned by the angles of a position, HALF = 0: none.
+
+    A position behind the `angles` rows of the tables turns nothing.
+    """
     mask = is_head[:, None] & (dims < HEAD_DIM)[None, :]
     x = tl.load(row_ptrs[:, None] + dims[None, :], mask=mask, other=0.0).to(tl.float32)
     if HALF > 0:
@@ -21,7 +24,7 @@ def _turned(
         else:
             is_first = dims < HALF
             partner, angle = tl.where(is_first, dims + HALF, dims - HALF), dims % HALF
-        is_turned = (dims < 2 * HALF) & (position < capacity)  # the tables reach as far as the cache
+        is_turned = (dims < 2 * HALF) & (position < angles)
         cos = tl.load(cos_ptr + position * stride_cos + angle, mask=is_turned, other=1.0).to(tl.float32)
         sin = tl.load(sin_ptr + position * stride_cos + angle, mask=is_turned, other=0.0).to(tl.float32)
         other = tl.load(row_ptrs[:, None] + partner[None, :], mask=mask & is_turned[None, :], other=0.0).to(tl.float32)
@@ -40,7 +43,7 @@ def _narrowed(x, descale_ptr, factor, kind: tl.constexpr, HAS_DESCALE: tl.conste
 
 
 @triton.jit(
-    do_not_specialize=["new", "len_q", "heads", "heads_k", "page_size", "capacity", "pages", "query_step"],
+    do_not_specialize=["new", "len_q", "heads", "heads_k", "page_size", "capacity", "pages", "angles", "query_step"],
     do_not_specialize_on_alignment=["seqlens_ptr", "used_ptr", "table_ptr", "k_descale_ptr", "v_descale_ptr"],
 )  # fmt: skip
 def cache_append_kernel(
@@ -49,8 +52,8 @@ def cache_append_kernel(
     stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_cb, stride_cs, stride_ch, stride_wb, stride_ws, stride_wh,
     stride_qb, stride_qs, stride_qh, stride_tb, stride_ts, stride_th, stride_cos, stride_table,
-    stride_descale_b, stride_descale_h, new, len_q, heads, heads_k, page_size, capacity, pages, query_step,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    stride_descale_b, stride_descale_h, new, len_q, heads, heads_k, page_size, capacity, pages, angles,
+    query_step, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_H: tl.constexpr, HALF: tl.constexpr, IS_INTERLEAVED: tl.constexpr, IS_PAGED: tl.constexpr,
     HAS_DESCALE: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +79,7 @@ def cache_append_kernel(
         is_head = (head < heads_k) & is_inside & (page >= 0) & (page < pages)
         row = k_ptr + wide * stride_kb + token.to(tl.int64) * stride_ks + head * stride_kh
         k = _turned(
-            row, is_head, dims, position.to(tl.int64), capacity, cos_ptr, sin_ptr, stride_cos,
+            row, is_head, dims, position.to(tl.int64), angles, cos_ptr, sin_ptr, stride_cos,
             HEAD_DIM, HALF, IS_INTERLEAVED,
         )  # fmt: skip
         row = v_ptr + wide * stride_vb + token.to(tl.int64) * stride_vs + head * stride_vh
@@ -97,7 +100,7 @@ def cache_append_kernel(
             is_query = head < heads
             source = q_ptr + wide * stride_qb + query * stride_qs + head * stride_qh
             q = _turned(
-                source, is_query, dims, angle, capacity, cos_ptr, sin_ptr, stride_cos, HEAD_DIM, HALF, IS_INTERLEAVED
+                source, is_query, dims, angle, angles, cos_ptr, sin_ptr, stride_cos, HEAD_DIM, HALF, IS_INTERLEAVED
             )
             target = turned_ptr + wide * stride_tb + query * stride_ts + head * stride_th
             is_q = is_query[:, None] & (dims < HEAD_DIM)[None, :]
