@@ -236,7 +236,8 @@ def _widened(x: AttentionInputs) -> AttentionInputs:
     """The inputs with 8-bit caches multiplied out in q's dtype, for backends that read no other."""
     keys, values, table = x.k, x.v, x.block_table
     if x.k_descale is not None and x.k_descale.ndim == 2 and table is not None:  # a factor a sequence: no shared pages
-        keys, values = (t[table.long()].flatten(1, 2) for t in (keys, values))
+        pages = table.long().clamp(0, len(keys) - 1)  # those behind the keys in use may have any number
+        keys, values = (t[pages].flatten(1, 2) for t in (keys, values))
         table = None
 
     def widen(cache: Tensor, descale: Tensor | None) -> Tensor:

@@ -223,6 +223,18 @@ def test_a_cache_in_8_bits(backend, layout, shape, device):
 
 
 @BOTH
+@pytest.mark.parametrize("page", [-1, 2**31 - 1])
+def test_a_cache_in_8_bits_with_pages_that_are_not_in_use(backend, page, device):
+    setup = make("page16", "plain", torch.float16, device, cache_dtype=E4M3)
+    setup.options["block_table"][1:, 5:] = page
+    factors = torch.tensor([[0.5, 1.0], [1.0, 2.0], [2.0, 0.5]], device=device)
+    setup.options.update(k_descale=factors, v_descale=factors)
+    with use_backend(backend):
+        out, lse, k_cache, v_cache = call(setup)
+    check(setup, out, lse, k_cache.float(), v_cache.float())
+
+
+@BOTH
 def test_a_nan_is_not_lost_on_its_way_into_8_bits(backend, device):
     setup = make("dense", "append", torch.float16, device, cache_dtype=E4M3)
     setup.k[1, 2, 0, 5], setup.v[1, 2, 1, 7], setup.v[1, 2, 1, 8] = torch.nan, torch.nan, torch.inf
