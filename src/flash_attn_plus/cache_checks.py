@@ -48,6 +48,29 @@ class CacheCall(NamedTuple):
         return self.k_cache.shape[1] * (1 if self.block_table is None else self.block_table.shape[1])
 
 
+def check_shapes(c: CacheCall) -> None:
+    """Raise InvalidArgument unless q and the caches fit each other: what looking at any size of the call relies on."""
+    cached = "batch, seqlen_k" if c.block_table is None else "num_blocks, page_size"
+    leading = {"q": "batch, seqlen_q", "k_cache": cached, "v_cache": cached, "k": "batch, new", "v": "batch, new"}
+    for name, sizes in leading.items():
+        x = getattr(c, name)
+        if x is not None and x.ndim != 4:
+            raise InvalidArgument(f"{name} must have shape ({sizes}, heads, head_dim), not {tuple(x.shape)}")
+    keys, values, batch = c.k_cache.shape, c.v_cache.shape, c.q.shape[0]
+    if keys[3] != c.q.shape[3]:
+        raise InvalidArgument(f"k_cache must have q's head_dim, {c.q.shape[3]}, not {keys[3]}")
+    if values[:3] != keys[:3]:
+        raise InvalidArgument(
+            f"v_cache must have shape {(*keys[:3], values[3])} to go with k_cache, not {tuple(values)}"
+        )
+    if c.cache_batch_idx is not None and c.cache_batch_idx.ndim != 1:
+        raise InvalidArgument(f"cache_batch_idx must have shape ({batch},), not {tuple(c.cache_batch_idx.shape)}")
+    if c.block_table is None and c.cache_batch_idx is None and keys[0] < batch:
+        raise InvalidArgument(
+            f"k_cache must have a row for each of the {batch} sequences, not {keys[0]}; cache_batch_idx shares rows"
+        )
+
+
 def _check_rows(**tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is not None and x.stride(-1) != 1 and x.shape[-1] != 1:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flash_attn_plus import cache_append, checks, device, env, ops
 from flash_attn_plus.arguments import as_integer, as_number, resolve_scale, window_bounds
-from flash_attn_plus.cache_checks import CacheCall, check_call, check_values
+from flash_attn_plus.cache_checks import CacheCall, check_call, check_shapes, check_values
 from flash_attn_plus.derivatives import refuse_tangents
 from flash_attn_plus.dispatch import may_skip_dispatcher
 from flash_attn_plus.errors import InvalidArgument
@@ -130,6 +130,7 @@ class _Plan:
     """What calls that differ in their tensors' contents only have in common: checked once, launched alike."""
 
     def __init__(self, c: CacheCall):
+        check_shapes(c)
         # Left padding has no paged form; 8-bit caches are read by Triton's kernels only.
         self._must_gather = c.cache_leftpad is not None and c.cache_batch_idx is not None
         is_wide = c.k_cache.dtype == c.q.dtype
@@ -224,6 +225,7 @@ def _operator(*arguments) -> tuple[Tensor, Tensor]:
 
 def _operator_fake(*arguments) -> tuple[Tensor, Tensor]:
     c = CacheCall(*arguments)
+    check_shapes(c)
     check_call(c, _inputs(c, c.q, c.cache_seqlens, _table(c)))
     return ops.allocate_outputs(c.q, c.v_cache, False)
 

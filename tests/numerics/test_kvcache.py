@@ -370,6 +370,17 @@ def test_debug_mode_names_what_lies_outside(what, device, monkeypatch):
         call(setup)
 
 
+@pytest.mark.parametrize("name", ["k_cache", "v_cache", "k", "v", "cache_batch_idx"])
+def test_one_number_is_no_cache(name, device):
+    setup = make("batch_idx", "append", torch.float16, device)
+    if name == "cache_batch_idx":
+        setup.options[name] = setup.options[name].sum().int()
+    else:
+        setup = setup._replace(**{name: getattr(setup, name).sum()})
+    with pytest.raises(InvalidArgument, match=f"{name} must have shape"):
+        call(setup)
+
+
 @BOTH
 def test_no_new_keys_and_no_lengths(backend, device):
     """Without lengths the whole cache counts; an int holds for every sequence."""
