@@ -72,7 +72,8 @@ def _forward_fake(q, k, v, *call):
 def _backward(dout, q, k, v, out, lse, dlse, dq, dk, dv, *call):
     problem, inputs = _describe(q, k, v, *call, is_backward=True)
     dlse = None if dlse is None else dlse.contiguous()
-    return ops.run_backward(problem, inputs, ops.rows_last(dout), ops.rows_last(out), lse, dlse, dq, dk, dv)
+    given = ops.rows_last(dout), ops.rows_last(out), lse, dlse
+    return ops.plan_backward(problem, inputs)((dq, dk, dv), inputs, *given)[1]
 
 
 def _backward_fake(dout, q, k, v, out, lse, dlse, dq, dk, dv, *call):
