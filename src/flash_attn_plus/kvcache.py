@@ -48,6 +48,7 @@ def attention_with_kvcache(
         k_cache, v_cache: (rows, capacity, hk, d), or with block_table (pages, page_size, hk, d) of any page size;
             in q's dtype or float8_e4m3fn; written in place. The last stride is 1, the others are free.
         k, v: (b, new, hk, d) in q's dtype, written at positions cache_seqlens to cache_seqlens + new - 1.
+            Sequences that share rows or pages must not count on what another one appends in the same call.
         rotary_cos, rotary_sin: (at least the capacity, rotary_dim / 2) in q's dtype, with k and v only. New key t
             turns by the angle of position cache_seqlens + t; so does query t under a causal or window mask, while
             without one every query turns by that of cache_seqlens.

@@ -307,6 +307,7 @@ def flash_attn_with_kvcache(
         k_cache, v_cache: (b_cache, capacity, hk, d), or with block_table (pages, page_size, hk, d), of any page size;
             written in place. The last stride must be 1, the others are free.
         k, v: (b, new, hk, d), written at positions cache_seqlens to cache_seqlens + new - 1, then attended to.
+            Sequences that share rows or pages must not count on what another one appends in the same call.
         rotary_cos, rotary_sin: (at least capacity, rotary_dim / 2), in q's dtype, rotary_dim a multiple of 16. New
             key t turns by the angle of position cache_seqlens + t; so does query t under a causal or local mask,
             while without one every query turns by that of cache_seqlens.
