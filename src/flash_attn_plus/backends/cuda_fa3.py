@@ -130,7 +130,7 @@ class Fa3(Backend):
                 "q": q, "k": k, "v": v, "softmax_scale": scale, "softcap": x.softcap, "out": target_of(out, q),
                 "cu_seqlens_q": even_starts(p.batch, p.seqlen_q, q.device) if cu_q is None else cu_q,
                 "cu_seqlens_k": even_starts(p.batch, p.seqlen_k, q.device) if cu_k is None else cu_k,
-                "max_seqlen_q": p.seqlen_q, "max_seqlen_k": p.seqlen_k, "is_causal": p.left < 0 and p.right == 0,
+                "max_seqlen_q": p.seqlen_q, "max_seqlen_k": p.seqlen_k, "is_causal": p.right == 0,
                 "window_size_left": p.left, "window_size_right": p.right,
             }  # fmt: skip
             result, statistics, *_ = PROBE.value(**arguments(PROBE.value._schema, given))
