@@ -94,7 +94,7 @@ _BY_DESCRIPTOR: dict[str, dict[int, tuple[C, C]]] = {
     "dq": {64: (C(64, 64, 4, 3), C(64, 64, 4, 3)), 128: (C(128, 64, 8, 3), C(128, 64, 8, 3))},
 }
 # Over fewer keys a program's beginning and end weigh more, so the forward pass takes the banded row's tiles, of which
-# two programs share a processor: at head dim 128 and 2,048 keys 3 to 5% faster than one program of large tiles.
+# two programs share a processor: at head dim 128 and 2,048 keys 5% faster than one program of large tiles.
 _MANY_KEYS = 4096
 # Families that take them without being asked to by a table of the user's.
 _DESCRIPTOR_FAMILIES = frozenset({"cuda90"})

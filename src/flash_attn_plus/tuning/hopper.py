@@ -1,4 +1,4 @@
-"""Tiles of the Hopper kernels, with the reason for each; measured on an H200 (benchmarks/results/h200-hopper.json)."""
+"""Tiles of the Hopper kernels, with the reason for each; measured on an H200 (benchmarks/results/h200-hopper*.json)."""
 
 from typing import NamedTuple
 
