@@ -120,6 +120,20 @@ def _zeros(BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, SHARES: tl.constexpr):
 
 
 @triton.jit
+def _add_values(
+    acc, acc_odd, weights, v, decay, IS_PAIRED: tl.constexpr, ARCH: tl.constexpr, F: tl.constexpr
+):  # fmt: skip
+    """(acc, acc_odd) with the products of a tile; only pairs of 8 bits have odd columns of their own."""
+    if IS_PAIRED:
+        v_even, v_odd = _unpacked(v, ARCH)
+        acc = score.add_product(weights, v_even, acc * decay, F)
+        acc_odd = score.add_product(weights, v_odd, acc_odd * decay, F)
+    else:
+        acc = score.add_product(weights, v.to(weights.dtype), acc * decay, F)
+    return acc, acc_odd
+
+
+@triton.jit
 def _append(new, old, begin, end, table, dims, DIMS: tl.constexpr, MOST_NEW: tl.constexpr, F: tl.constexpr):
     """Write the new rows [begin, end) behind the `old` ones; those on pages that do not exist are not written."""
     row = tl.arange(0, MOST_NEW)[:, None]
@@ -272,12 +286,7 @@ def attention_split_kernel(
         decay = tl.expand_dims(decay, len(decay.shape))
         is_read = (cols_v >= oldest) & (cols_v < band.len_k) & (dims_v < WIDTH_V)[None, :]
         v = tl.load(v_ptrs, mask=is_read, other=0.0)  # [N, DV]; what the window has left behind may hold anything
-        if IS_PAIRED:
-            v_even, v_odd = _unpacked(v, ARCH)
-            acc = score.add_product(weights.to(q.dtype), v_even, acc * decay, F)
-            acc_odd = score.add_product(weights.to(q.dtype), v_odd, acc_odd * decay, F)
-        else:
-            acc = score.add_product(weights.to(q.dtype), v.to(q.dtype), acc * decay, F)
+        acc, acc_odd = _add_values(acc, acc_odd, weights.to(q.dtype), v, decay, IS_PAIRED, ARCH, F)
 
     if IS_PAIRED:
         acc = tl.join(acc, acc_odd)
