@@ -8,7 +8,7 @@ from language_models import MAJOR
 PROGRAM = """
 import torch
 torch.cuda.is_available = lambda: True
-torch.version.cuda = "12.8"
+torch.version.cuda = torch.version.cuda or "12.8"
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_greater_or_equal
 assert is_flash_attn_2_available()
