@@ -25,6 +25,8 @@ KINDS = {
     "window": WIDE._replace(left=200, right=30),
     "window_left_more_queries": WIDE._replace(seqlen_k=300, left=100),
     "varlen_causal": WIDE._replace(lengths_q=(600, 1, 0, 300, 129), lengths_k=(700, 9, 5, 200, 0), right=0),
+    "heads_of_their_own": WIDE._replace(heads_k=6, right=0),
+    "varlen_heads_of_their_own": WIDE._replace(heads_k=6, lengths_q=(600, 1, 0, 300), lengths_k=(700, 9, 5, 200)),
     "paged_causal": PAGED._replace(right=0),
     "paged_decode": PAGED._replace(seqlen_q=1),
 }

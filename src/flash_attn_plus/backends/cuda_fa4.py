@@ -97,8 +97,6 @@ class Fa4(Backend):
             found.append(f"head_dim_v {problem.head_dim_v} is not head_dim {problem.head_dim}")
         if problem.head_dim not in _HEAD_DIMS:
             found.append(f"head_dim {problem.head_dim} is not one of {', '.join(map(str, _HEAD_DIMS))}")
-        if problem.heads == problem.heads_k:
-            found.append(f"heads_k {problem.heads_k} is heads: not checked")
         if (problem.left < 0) != (problem.right < 0) and problem.right != 0:
             found.append("window_size open on one side: not checked")
         if problem.is_varlen_q != problem.is_varlen_k:
