@@ -212,7 +212,7 @@ def test_axolotl_selective_checkpointing(name, kept, device, monkeypatch):
     expected = gradients()
     checkpointing.apply_selective_checkpointing(model)
     model.gradient_checkpointing_enable()
-    runs, state = [], ops.state  # which every forward pass asks for
+    runs, state = [], ops.state  # which every pass asks for
     monkeypatch.setattr(ops, "state", lambda: runs.append(None) or state())
     assert all(torch.equal(a, b) for a, b in zip(gradients(), expected, strict=True))
-    assert len(runs) == 2 * LAYERS - kept
+    assert len(runs) == 3 * LAYERS - kept  # forward, forward again and backward
