@@ -46,7 +46,9 @@ class ForwardPlan:
             "PAGE": p.page_size,
             "CONSUMERS": tile.consumers,
             "Q_TILES": tile.query_tiles,
-            "STAGES": tile.stages,
+            "K_STAGES": tile.key_stages,
+            "V_STAGES": tile.value_stages,
+            "HAS_TURNS": tile.has_turns,
             "CONSUMER_REGISTERS": tile.consumer_registers,
             "PRODUCER_REGISTERS": tile.producer_registers,
         }

@@ -11,7 +11,9 @@ class ForwardTile(NamedTuple):
     block_n: int  # keys a tile
     consumers: int  # warpgroups of 64 queries each
     query_tiles: int  # of 64 queries; those beyond one a consumer let the next arrive during this one
-    stages: int  # tiles of K, and of V, in flight
+    key_stages: int  # tiles of K in flight
+    value_stages: int  # of V, which are held until the softmax of the next scores is over
+    has_turns: bool  # whether warpgroups issue their products in turns
     consumer_registers: int
     producer_registers: int
     spills: int = 0  # local memory accesses a step
@@ -43,15 +45,16 @@ class DqTile(NamedTuple):
 
 FORWARD = {
     # Four stages beat two by 8 to 15 % up to 2,048 keys, by 1 to 9 % at 8,192.
-    "64": ForwardTile(128, 2, 4, 4, 240, 24),
-    # A third warpgroup hides more latency, though each then spills: 497 against 441 TFLOP/s at 8,192 keys, causal 487
-    # against 471; slower for short sequences, whose ends, like the diagonal, cut deeper into taller tiles.
-    "64 long": ForwardTile(128, 3, 6, 3, 160, 32, spills=32),
-    # Tiles of 128 + 32 or 128 + 64 keys ran 5 % slower at 8,192 keys, of 64 keys 6 to 18 %. A second stage of queries
-    # took 512 keys from 402 to 486 TFLOP/s and 8,192 causal ones from 616 to 681.
-    "128": ForwardTile(128, 2, 4, 2, 240, 24),
+    "64": ForwardTile(128, 2, 4, 4, 4, False, 240, 24),
+    # A third warpgroup hides more latency: 490 against 457 TFLOP/s at 8,192 keys; turns and a fourth stage of values
+    # take that to 529, causal from 466 to 495. Slower for short sequences, whose ends, like the diagonal, cut deeper
+    # into taller tiles.
+    "64 long": ForwardTile(128, 3, 6, 3, 4, True, 160, 32, spills=32),
+    # A third stage of values, which came too late, took 512 keys from 507 to 574 TFLOP/s, 16,384 from 594 to 687;
+    # turns on top changed nothing, three stages of both with one of queries were slower by 2 to 14 %.
+    "128": ForwardTile(128, 2, 4, 2, 3, False, 240, 24),
     # 128 keys do not fit the registers, a second stage of queries not the shared memory; half of one gained 1 to 2 %.
-    "256": ForwardTile(64, 2, 3, 2, 240, 24),
+    "256": ForwardTile(64, 2, 3, 2, 2, False, 240, 24),
 }
 # A kernel of dq's own makes 7 products of 5, but no sums in memory: none to clear, to add to and to round. So it is
 # faster for short sequences, and a repeatable dq costs up to 14 % for long ones, 24 % at 16,384 keys.

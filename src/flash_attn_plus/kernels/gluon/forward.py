@@ -2,7 +2,9 @@
 
 A step issues the scores of the next tile and the product with V of the previous one back to back, so the softmax runs
 while the tensor cores work (Shah et al., arXiv 2407.08608). Programs are persistent; the copying warp also hands out
-the tiles, one ahead, so that the next tile's keys arrive during the epilogue of this one.
+the tiles, one ahead, so that the next tile's keys arrive during the epilogue of this one. Values are copied behind the
+keys of the next step, which are used before them. Where three warpgroups take turns, one's softmax also runs under the
+others' products.
 """
 
 from triton.experimental import gluon
@@ -16,15 +18,37 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flash_attn_plus.kernels.gluon import softmax
-from flash_attn_plus.kernels.gluon.hopper import new_barriers, new_ring, store_tile
+from flash_attn_plus.kernels.gluon.hopper import named_arrive, named_sync, new_barriers, new_ring, record, store_tile
 from flash_attn_plus.kernels.gluon.query_tiles import KeysAt, Queries, Work, producer
 from flash_attn_plus.kernels.gluon.score import Rule
 from flash_attn_plus.kernels.gluon.tiles import new_mailbox
 
 
+@record
+class Turns:
+    """Whose products are next, told at a hardware barrier of each warpgroup, FIRST + warpgroup."""
+
+    FIRST: gl.constexpr
+    COUNT: gl.constexpr  # warpgroups that take turns; 0: products are issued as warpgroups come
+
+    @gluon.jit
+    def wait(self, WG: gl.constexpr):
+        """Wait for a warpgroup's turn."""
+        if self.COUNT > 0:
+            named_sync(self.FIRST + WG, 256)
+
+    @gluon.jit
+    def pass_on(self, WG: gl.constexpr):
+        """End a warpgroup's turn."""
+        if self.COUNT > 0:
+            named_arrive(self.FIRST + (WG + 1) % self.COUNT, 256)
+
+
 @gluon.jit
-def _pass_over(keys, values, i):
+def _pass_over(keys, values, turns, i, WG: gl.constexpr):
     """Leave the i-th tiles of K and V to the other warpgroups."""
+    turns.wait(WG)  # a turn that is not used, since all have as many
+    turns.pass_on(WG)
     keys.wait(i)
     keys.release(i)
     values.wait(i)
@@ -32,7 +56,7 @@ def _pass_over(keys, values, i):
 
 
 @gluon.jit
-def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, rule, WG: gl.constexpr):
+def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, work, rule, WG: gl.constexpr):
     """One warpgroup: 64 query rows of every tile."""
     BLOCK_M: gl.constexpr = queries.tiles.shape[1]
     BLOCK_N: gl.constexpr = keys.tiles.shape[1]
@@ -49,6 +73,8 @@ def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, r
     done = 0  # tiles of queries
     n = 0  # tiles of keys
     batch, head, row0, q_start, band = work.receive(mailbox, 0)
+    if WG == CONSUMERS - 1:
+        turns.pass_on(WG)  # the first is warpgroup 0's
     while batch >= 0:
         first, full_first, full_end, end = band.key_tiles(row0, work.ROWS, BLOCK_N)
         row0 += WG * BLOCK_M
@@ -56,7 +82,7 @@ def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, r
         if BLOCK_N <= BLOCK_M:  # then a warpgroup's rows may see fewer tiles than the others' do
             _, _, full_end, own_end = band.key_tiles(row0, BLOCK_M, BLOCK_N)
         for _ in range(gl.maximum(gl.where(row0 < band.len_q, own_end, 0), first + 1), end):
-            _pass_over(keys, values, n)
+            _pass_over(keys, values, turns, n, WG)
             n += 1
             end -= 1
         diagonal = row0 + band.len_k - band.len_q
@@ -77,12 +103,16 @@ def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, r
         if (end <= full_first) | (end > full_end):
             s = band.mask_keys(s, row0, (end - 1) * BLOCK_N, s_layout)
         row_max, p, row_sum = softmax.start(s, rule.factor())
+        decay = gl.full([BLOCK_M], 1.0, gl.float32, s_rows)
         weights = gl.convert_layout(p.to(dtype), p_layout, assert_trivial=True)
         values.wait(n)
         for i in range(1, end - first):
             block = end - 1 - i
             keys.wait(n + i)
+            turns.wait(WG)
             s = warpgroup_mma(q, keys.tile(n + i).permute((1, 0)), no_scores, use_acc=False, is_async=True)
+            o = softmax.rescale(o, gl.convert_layout(decay, o_rows, assert_trivial=True))
+            turns.pass_on(WG)  # the next one's scores may begin beside this product
             o = warpgroup_mma(weights, values.tile(n + i - 1), o, is_async=True)
             s = warpgroup_mma_wait(1, deps=(s,))
             keys.release(n + i)
@@ -93,10 +123,10 @@ def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, r
             values.wait(n + i)  # used in the next step; here it keeps the compiler from waiting for o any earlier
             o = warpgroup_mma_wait(0, deps=(o,))
             values.release(n + i - 1)
-            o = o * gl.expand_dims(gl.convert_layout(decay, o_rows, assert_trivial=True), 1)
             weights = gl.convert_layout(p.to(dtype), p_layout, assert_trivial=True)
         n += end - first
         done += 1
+        o = softmax.rescale(o, gl.convert_layout(decay, o_rows, assert_trivial=True))
         o = warpgroup_mma(weights, values.tile(n - 1), o, is_async=True)
         factor, lse = softmax.finish(row_max, row_sum, s_rows)
         rows = row0 + gl.arange(0, BLOCK_M, s_rows)
@@ -113,6 +143,8 @@ def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, r
             tma.store_wait(0)
             mbarrier.arrive(queries.empty.index(slot), count=1)
         batch, head, row0, q_start, band = following
+    if WG == 0:
+        turns.wait(WG)  # hardware barriers must be even when the kernel ends
     tma.store_wait(0)
 
 
@@ -127,8 +159,8 @@ def attention_forward_kernel(
     used_ptr, leftpad_ptr, table_ptr, slopes_ptr, batch, heads, group, chunk, len_q, len_k, left, right, lse_rows,
     rows_k, table_stride, slope_stride, scale, cap_scale, cap,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr, PAGE: gl.constexpr,
-    CONSUMERS: gl.constexpr, Q_TILES: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr,
+    CONSUMERS: gl.constexpr, Q_TILES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    HAS_TURNS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """out and natural-log lse of softmax(scale * q k^T / log2(e)) v; scale is in log2 units.
 
@@ -143,8 +175,9 @@ def attention_forward_kernel(
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], dtype)
     q_tiles = gl.allocate_shared_memory(dtype, [Q_TILES, BLOCK_M, BLOCK_D], layout)
     queries = Queries(q_tiles, new_barriers(Q_TILES, 1), new_barriers(Q_TILES, 1))
-    keys = new_ring(dtype, STAGES, BLOCK_N, BLOCK_D, 6, CONSUMERS)
-    values = new_ring(dtype, STAGES, BLOCK_N, BLOCK_D, 6 + STAGES, CONSUMERS)
+    keys = new_ring(dtype, K_STAGES, BLOCK_N, BLOCK_D, 6, CONSUMERS)
+    values = new_ring(dtype, V_STAGES, BLOCK_N, BLOCK_D, 6 + K_STAGES, CONSUMERS)
+    turns = Turns(6 + K_STAGES + V_STAGES, CONSUMERS if HAS_TURNS else 0)
     mailbox = new_mailbox(6, CONSUMERS)
     fence_async_shared()
     keys_at = KeysAt(cu_k_ptr, used_ptr, leftpad_ptr, table_ptr, rows_k, table_stride, PAGE)
@@ -153,16 +186,16 @@ def attention_forward_kernel(
     rule = Rule(scale, cap_scale, cap, slopes_ptr, slope_stride, HAS_SOFTCAP)
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, rule, 0)),
-            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, rule, 1)),
+            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, work, rule, 0)),
+            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, work, rule, 1)),
             (producer, (q_desc, None, k_desc, v_desc, queries, None, keys, values, mailbox, work, group,
-                        counter_ptr, -1)),
+                        counter_ptr, -1, 1)),
         ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, rule, 0)),
-            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, rule, 1)),
-            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, work, rule, 2)),
+            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, work, rule, 0)),
+            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, work, rule, 1)),
+            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, work, rule, 2)),
             (producer, (q_desc, None, k_desc, v_desc, queries, None, keys, values, mailbox, work, group,
-                        counter_ptr, -1)),
+                        counter_ptr, -1, 1)),
         ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip

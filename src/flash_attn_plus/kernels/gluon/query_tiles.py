@@ -156,8 +156,11 @@ def _fill(i, desc, ring, batch, at, head):
 
 @gluon.jit
 def producer(q_desc, do_desc, k_desc, v_desc, queries, do_tiles, keys, values, mailbox, work, group, counter_ptr,
-             STEP: gl.constexpr):  # fmt: skip
-    """One warp: hand out tiles, copy in their rows of Q, and of dO, and then keys and values, by STEP tiles a time."""
+             STEP: gl.constexpr, LAG: gl.constexpr = 0):  # fmt: skip
+    """One warp: hand out tiles, copy in their rows of Q, and of dO, and then keys and values, by STEP tiles a time.
+
+    LAG is how many steps later than a tile's keys its values are used: so they are copied behind the next keys, too.
+    """
     BLOCK_M: gl.constexpr = queries.tiles.shape[1]
     BLOCK_N: gl.constexpr = keys.tiles.shape[1]
     CONSUMERS: gl.constexpr = work.ROWS // BLOCK_M
@@ -187,18 +190,22 @@ def producer(q_desc, do_desc, k_desc, v_desc, queries, do_tiles, keys, values, m
                 load_tile(do_desc, batch, q_start, band.len_q, head, row, full, do_tiles.index(slot))
         if IS_AHEAD:
             _fill(copied, k_desc, keys, batch, at, head_k)
-        _fill(copied, v_desc, values, batch, at, head_k)
+        if LAG == 0:
+            _fill(copied, v_desc, values, batch, at, head_k)
         turn = gl.maximum(end - first - 3, 0)  # late, so that programs end together, but with the latency hidden
         if turn == 0:
             tile = take(tile, counter_ptr)
         for i in range(1, end - first):
             col0 += STEP * BLOCK_N
+            last_at = at
             at = work.keys_at.place(batch, k_start, band.len_k, col0)
             _fill(copied + i, k_desc, keys, batch, at, head_k)
-            _fill(copied + i, v_desc, values, batch, at, head_k)
+            _fill(copied + i - LAG, v_desc, values, batch, at if LAG == 0 else last_at, head_k)
             if i == turn:
                 tile = take(tile, counter_ptr)
         copied += end - first
+        if LAG == 1:
+            _fill(copied - 1, v_desc, values, batch, at, head_k)
         sent += 1
         base, before, sequence, first_tile, tiles = work.seek(tile, base, before)
     reset(tile, tiles, counter_ptr)

@@ -32,6 +32,37 @@ def step(scores, scale, row_max, row_sum):
     return new_max, decay, p, row_sum * gl.expand_dims(spread, 1) + _partial_sum(p)
 
 
+def _scaling(count: int) -> str:
+    """Multiply `count` numbers by as many factors, those of two rows, unless they are 1 in all threads of the warp."""
+    products = "".join(f"mul.f32 ${i}, ${i}, ${2 * count + i};" for i in range(count))
+    return (
+        "{ .reg .pred moved, other;"
+        f"setp.neu.f32 moved, ${2 * count}, 0f3F800000;"
+        f"setp.neu.f32 other, ${2 * count + 2}, 0f3F800000;"
+        "or.pred moved, moved, other;"
+        "vote.sync.any.pred moved, moved, 0xffffffff;"
+        f"@!moved bra SCALED; {products} SCALED: }}"
+    )
+
+
+_COUNTS = (32, 64, 128)
+_SCALING = gl.constexpr({n: _scaling(n) for n in _COUNTS})
+_OPERANDS = gl.constexpr({n: ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n) for n in _COUNTS})
+
+
+@gluon.jit
+def rescale(o, decay):
+    """o * decay of its rows, skipped by a warp whose maxima have not moved: the same bits, but seldom any work.
+
+    The compiler sees no multiplication in the branch, so it leaves it between two products, under the first.
+    """
+    COUNT: gl.constexpr = o.shape[1] // 2  # numbers a thread: of two rows, two columns of each in turn
+    decays = gl.expand_dims(decay, 1)
+    return gl.inline_asm_elementwise(
+        _SCALING[COUNT], _OPERANDS[COUNT], [o, decays], dtype=gl.float32, is_pure=False, pack=COUNT
+    )
+
+
 @gluon.jit
 def finish(row_max, row_sum, layout: gl.constexpr):
     """(factor that normalises the output, natural-log LSE): 0 and +inf for a row without keys."""
