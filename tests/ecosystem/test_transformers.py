@@ -197,7 +197,7 @@ def test_continuous_batching(name, device):
     config = transformers.GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
     fields = transformers.ContinuousBatchingConfig.__dataclass_fields__  # the tokens of a page have had two names
     page = "page_size" if "page_size" in fields else "block_size"
-    batching = transformers.ContinuousBatchingConfig(num_blocks=64, **{page: 32})
+    batching = transformers.ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64, **{page: 32})
     with operator_calls() as calls:
         results = trio.flash.generate_batch(
             inputs=prompts, generation_config=config, continuous_batching_config=batching, progress_bar=False
