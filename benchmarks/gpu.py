@@ -1,7 +1,6 @@
 """Attention on a GPU: throughput beside other libraries, host cost of a call, first call, memory.
 
-16,384 tokens and 2,048 features in all, bf16, random data: the grid of the FlashAttention papers. Backward counts
-2.5 times the forward's operations. No number is printed for a wrong result.
+The throughput is measured as `benchmarks.turns` says.
 """
 
 import argparse
@@ -14,13 +13,13 @@ import time
 from pathlib import Path
 
 import torch
-from triton.testing import do_bench
 
 import flash_attn_plus
-from benchmarks.providers import FACTORIES, Attention, available, serving
+from benchmarks.providers import FACTORIES, available
 from benchmarks.record import RESULTS, Record
+from benchmarks.turns import add_arguments, grid, measure
 
-TOKENS, FEATURES = 16384, 2048
+PROVIDERS = "triton,gluon,FA2 (SDPA),cuDNN (SDPA),FlexAttention,FlagGems"
 FIRST_CALL = """
 import json, time, torch
 q = torch.randn(2, 2048, 16, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -34,53 +33,6 @@ out.sum().backward()
 torch.cuda.synchronize()
 print(json.dumps([forward - start, time.perf_counter() - forward]))
 """
-
-
-def is_right(out: torch.Tensor, reference: torch.Tensor) -> bool:
-    """Whether two 16-bit results agree."""
-    error = (out.float() - reference.float()).norm() / reference.float().norm()
-    return bool(error < 1e-2)
-
-
-def _inputs(head_dim: int, length: int) -> list[torch.Tensor]:
-    shape = (TOKENS // length, length, FEATURES // head_dim, head_dim)
-    return [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
-
-
-def _throughput(run: Attention, causal: bool, tensors: list[torch.Tensor], backward: bool) -> float | None:
-    """TFLOP/s, median of the repeats, or None when the provider does not serve the case."""
-    q, k, v, dout = tensors
-    batch, length, heads, head_dim = q.shape
-    work = 4 * batch * heads * length**2 * head_dim * (0.5 if causal else 1.0) * 1e-9
-    try:
-        if not backward:
-            return work / do_bench(lambda: run(q, k, v, causal), warmup=25, rep=100, return_mode="median")
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = run(*leaves, causal)
-        step = lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)  # noqa: E731
-        return 2.5 * work / do_bench(step, warmup=25, rep=100, return_mode="median")
-    except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
-        print(f"  not served: {type(error).__name__}: {str(error)[:100]}", flush=True)
-        return None
-
-
-def throughput(record: Record, providers: dict[str, Attention], lengths: list[int], until: float) -> None:
-    """Forward and backward TFLOP/s of every provider on every case."""
-    for head_dim in (128, 64, 256):
-        for length in lengths:
-            for causal in (True, False):
-                if time.time() > until:
-                    return
-                tensors = _inputs(head_dim, length)
-                reference = FACTORIES["FA2 (SDPA)"]()(*tensors[:3], causal)
-                case = f"d{head_dim} s{length} {'causal' if causal else 'full'}"
-                for name, run in providers.items():
-                    for direction in ("forward", "backward"):
-                        with serving(name):
-                            value = _throughput(run, causal, tensors, direction == "backward")
-                            if value is not None and not is_right(run(*tensors[:3], causal), reference):
-                                raise SystemExit(f"{name} is wrong on {case}")
-                        record.add("attention", case, name, direction, value, "TFLOP/s")
 
 
 def host_cost(record: Record) -> None:
@@ -140,25 +92,28 @@ def memory(record: Record) -> None:
         record.add("memory", "forward and backward" if with_gradients else "forward", "auto", "scratch", peak, "bytes")
 
 
+SUITES = {"host": host_cost, "first call": first_call, "memory": memory}
+
+
 def main() -> None:
     """Run the suites on the current GPU."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--providers", default=",".join(FACTORIES))
-    parser.add_argument("--lengths", default="2048,8192")
-    parser.add_argument("--seconds", type=float, default=540.0, help="stop starting new cases after this long")
-    arguments = parser.parse_args()
-    until = time.time() + arguments.seconds
+    parser.add_argument("--suites", default=",".join(("attention", *SUITES)))
+    parser.add_argument("--masks", default="causal,full")
+    add_arguments(parser, PROVIDERS, "2048,8192")
+    given = parser.parse_args()
     name = torch.cuda.get_device_name()
-    path = arguments.out or RESULTS / f"{name.lower().replace(' ', '-')}.json"
+    path = given.out or RESULTS / f"{name.lower().replace(' ', '-')}.json"
     readme = [["attention", "forward"], ["attention", "backward"], ["host", "eager call"], ["first call", "forward"]]
     record = Record(path, name, readme)
     torch.manual_seed(0)
-    host_cost(record)
-    first_call(record)
-    memory(record)
-    providers = available(arguments.providers.split(","), FACTORIES)
-    throughput(record, providers, [int(x) for x in arguments.lengths.split(",")], until)
+    for suite in given.suites.split(","):
+        if suite == "attention":
+            runs = available(given.providers.split(","), FACTORIES)
+            measure(grid(given, given.masks.split(","), runs), given.lock, record, suite, suite)
+        else:
+            SUITES[suite](record)
 
 
 if __name__ == "__main__":
