@@ -49,6 +49,7 @@ class ForwardPlan:
             "K_STAGES": tile.key_stages,
             "V_STAGES": tile.value_stages,
             "HAS_TURNS": tile.has_turns,
+            "FREES_EARLY": tile.frees_early,
             "CONSUMER_REGISTERS": tile.consumer_registers,
             "PRODUCER_REGISTERS": tile.producer_registers,
         }

@@ -14,6 +14,7 @@ class ForwardTile(NamedTuple):
     key_stages: int  # tiles of K in flight
     value_stages: int  # of V, which are held until the softmax of the next scores is over
     has_turns: bool  # whether warpgroups issue their products in turns
+    frees_early: bool  # whether the product with V is waited for, and V released, before the exponentials
     consumer_registers: int
     producer_registers: int
     spills: int = 0  # local memory accesses a step
@@ -45,16 +46,16 @@ class DqTile(NamedTuple):
 
 FORWARD = {
     # Four stages beat two by 8 to 15 % up to 2,048 keys, by 1 to 9 % at 8,192.
-    "64": ForwardTile(128, 2, 4, 4, 4, False, 240, 24),
-    # A third warpgroup hides more latency: 490 against 457 TFLOP/s at 8,192 keys; turns and a fourth stage of values
-    # take that to 529, causal from 466 to 495. Slower for short sequences, whose ends, like the diagonal, cut deeper
-    # into taller tiles.
-    "64 long": ForwardTile(128, 3, 6, 3, 4, True, 160, 32, spills=32),
+    "64": ForwardTile(128, 2, 4, 4, 4, False, False, 240, 24),
+    # A third warpgroup hides more latency: 490 against 457 TFLOP/s at 8,192 keys. Turns and values freed early took
+    # them from 482 to 526, causal from 450 to 490; turns and a fourth stage of values to 518 and 477. Slower for short
+    # sequences, whose ends, like the diagonal, cut deeper into taller tiles.
+    "64 long": ForwardTile(128, 3, 6, 3, 3, True, True, 160, 32, spills=32),
     # A third stage of values, which came too late, took 512 keys from 507 to 574 TFLOP/s, 16,384 from 594 to 687;
     # turns on top changed nothing, three stages of both with one of queries were slower by 2 to 14 %.
-    "128": ForwardTile(128, 2, 4, 2, 3, False, 240, 24),
+    "128": ForwardTile(128, 2, 4, 2, 3, False, False, 240, 24),
     # 128 keys do not fit the registers, a second stage of queries not the shared memory; half of one gained 1 to 2 %.
-    "256": ForwardTile(64, 2, 3, 2, 2, False, 240, 24),
+    "256": ForwardTile(64, 2, 3, 2, 2, False, False, 240, 24),
 }
 # A kernel of dq's own makes 7 products of 5, but no sums in memory: none to clear, to add to and to round. So it is
 # faster for short sequences, and a repeatable dq costs up to 14 % for long ones, 24 % at 16,384 keys.
@@ -79,7 +80,7 @@ CACHE = 32 << 20
 SHORT_CACHE = 16 << 20
 SHORT = 1024  # keys up to which SHORT_CACHE counts
 LONG = 2048  # keys from which on "64 long" wins
-LONG_CAUSAL = 8192
+LONG_CAUSAL = 4096  # there by 1 to 6 %; 2,048 lose 4; packed sequences are mostly shorter than the longest
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -90,7 +91,7 @@ def padded_head_dim(head_dim: int) -> int:
 def forward_tile(problem: AttentionProblem) -> ForwardTile:
     """The row for a problem."""
     width = padded_head_dim(problem.head_dim)
-    longest = LONG if problem.right < 0 else LONG_CAUSAL
+    longest = LONG if problem.right < 0 else LONG_CAUSAL * (1 + problem.is_varlen_k)
     is_plain = problem.left < 0 and not (problem.has_softcap or problem.has_alibi)
     is_long = width == 64 and is_plain and problem.seqlen_k >= longest
     return FORWARD[f"{width} long" if is_long else str(width)]

@@ -56,7 +56,8 @@ def _pass_over(keys, values, turns, i, WG: gl.constexpr):
 
 
 @gluon.jit
-def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, work, rule, WG: gl.constexpr):
+def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, work, rule, FREES_EARLY: gl.constexpr,
+              WG: gl.constexpr):  # fmt: skip
     """One warpgroup: 64 query rows of every tile."""
     BLOCK_M: gl.constexpr = queries.tiles.shape[1]
     BLOCK_N: gl.constexpr = keys.tiles.shape[1]
@@ -112,17 +113,22 @@ def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, 
             turns.wait(WG)
             s = warpgroup_mma(q, keys.tile(n + i).permute((1, 0)), no_scores, use_acc=False, is_async=True)
             o = softmax.rescale(o, gl.convert_layout(decay, o_rows, assert_trivial=True))
-            turns.pass_on(WG)  # the next one's scores may begin beside this product
             o = warpgroup_mma(weights, values.tile(n + i - 1), o, is_async=True)
+            turns.pass_on(WG)
             s = warpgroup_mma_wait(1, deps=(s,))
             keys.release(n + i)
             s, _ = rule.apply(s, slope, diagonal, block * BLOCK_N, s_layout)
             if (block < full_first) | (block >= full_end):
                 s = band.mask_keys(s, row0, block * BLOCK_N, s_layout)
-            row_max, decay, p, row_sum = softmax.step(s, rule.factor(), row_max, row_sum)
+            row_max, decay, row_sum = softmax.raised(s, rule.factor(), row_max, row_sum, FREES_EARLY)
+            if FREES_EARLY:
+                o = warpgroup_mma_wait(0, deps=(o,))
+                values.release(n + i - 1)
+            p, row_sum = softmax.weighed(s, rule.factor(), row_max, row_sum)
             values.wait(n + i)  # used in the next step; here it keeps the compiler from waiting for o any earlier
-            o = warpgroup_mma_wait(0, deps=(o,))
-            values.release(n + i - 1)
+            if not FREES_EARLY:
+                o = warpgroup_mma_wait(0, deps=(o,))
+                values.release(n + i - 1)
             weights = gl.convert_layout(p.to(dtype), p_layout, assert_trivial=True)
         n += end - first
         done += 1
@@ -160,7 +166,8 @@ def attention_forward_kernel(
     rows_k, table_stride, slope_stride, scale, cap_scale, cap,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr, PAGE: gl.constexpr,
     CONSUMERS: gl.constexpr, Q_TILES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    HAS_TURNS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    HAS_TURNS: gl.constexpr, FREES_EARLY: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """out and natural-log lse of softmax(scale * q k^T / log2(e)) v; scale is in log2 units.
 
@@ -186,16 +193,16 @@ def attention_forward_kernel(
     rule = Rule(scale, cap_scale, cap, slopes_ptr, slope_stride, HAS_SOFTCAP)
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, work, rule, 0)),
-            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, work, rule, 1)),
+            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, work, rule, FREES_EARLY, 0)),
+            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, work, rule, FREES_EARLY, 1)),
             (producer, (q_desc, None, k_desc, v_desc, queries, None, keys, values, mailbox, work, group,
                         counter_ptr, -1, 1)),
         ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, work, rule, 0)),
-            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, work, rule, 1)),
-            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, work, rule, 2)),
+            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, work, rule, FREES_EARLY, 0)),
+            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, work, rule, FREES_EARLY, 1)),
+            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, work, rule, FREES_EARLY, 2)),
             (producer, (q_desc, None, k_desc, v_desc, queries, None, keys, values, mailbox, work, group,
                         counter_ptr, -1, 1)),
         ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
