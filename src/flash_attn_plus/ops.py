@@ -93,7 +93,7 @@ def plan_backward(problem: AttentionProblem, inputs: AttentionInputs) -> Callabl
     """
     if _has_no_gradient(problem, inputs):
         return _zero_gradients
-    return partial(_run_backward, choose(problem, inputs), problem)
+    return _BackwardPlan(choose(problem, inputs), problem)
 
 
 def _zero_gradients(
@@ -105,24 +105,28 @@ def _zero_gradients(
     return grads, torch.zeros_like(lse)
 
 
-def _run_backward(
-    backend: Backend,
-    problem: AttentionProblem,
-    grads: tuple | None,
-    inputs: AttentionInputs,
-    dout: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dlse: Tensor | None,
-) -> tuple[tuple, Tensor | None]:
-    if grads is None:
-        own = backend.gradients(problem, inputs, dout, out, lse) if dlse is None else None
-        if own is not None:
-            return own, None
-        grads = allocate_gradients(*inputs[:3])
-    (dq, dk, dv), delta = grads, torch.empty_like(lse)
-    backend.backward(problem, inputs, dout, out, lse, dlse, dq, dk, dv, delta)
-    return grads, delta
+class _BackwardPlan:
+    """What a backend does for gradients, once their layout is known by the first call."""
+
+    def __init__(self, backend: Backend, problem: AttentionProblem):
+        self._backend, self._problem = backend, problem
+        self._fill: Callable[..., None] | None = None
+
+    def __call__(
+        self, grads: tuple | None, inputs: AttentionInputs, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None
+    ) -> tuple[tuple, Tensor | None]:
+        if grads is None:
+            own = self._backend.gradients(self._problem, inputs, dout, out, lse) if dlse is None else None
+            if own is not None:
+                return own, None
+            grads = allocate_gradients(*inputs[:3])
+        (dq, dk, dv), delta = grads, torch.empty_like(lse)
+        fill = self._fill
+        if fill is None:
+            fill = self._backend.plan_backward(self._problem, inputs, dout, out, lse, dlse, dq, dk, dv)
+            self._fill = fill
+        fill(inputs, dout, out, lse, dlse, dq, dk, dv, delta)
+        return grads, delta
 
 
 def gather_inputs(
@@ -283,7 +287,8 @@ def _differentiate(
     key = (
         q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device,
         v.shape, v.stride(), v.dtype, v.device, (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
-        dout.shape, dout.dtype, out.shape, out.dtype, lse.shape, dlse is None, grads and tuple(map(_shape_of, grads)),
+        dout.shape, dout.stride(), dout.dtype, out.shape, out.stride(), out.dtype, lse.shape, dlse is None,
+        (dout.data_ptr() | out.data_ptr()) & 15, grads and tuple((_shape_of(x), x.data_ptr() & 15) for x in grads),
         max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, window_size_left, window_size_right, softcap,
         is_deterministic, state(),
         *map(_shape_of, (cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table, alibi_slopes, rng_state)),

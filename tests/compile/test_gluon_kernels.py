@@ -1,5 +1,7 @@
 """Every row of the Hopper tables compiles to what its reason says, as the launcher would launch it."""
 
+import weakref
+
 import pytest
 import torch
 from gluon_harness import HOPPER, HopperReport, between_waits, inspect
@@ -216,6 +218,50 @@ def test_later_launches_pass_what_the_first_one_did(monkeypatch, kind):
     assert [x.base is q for x in (first[0], later[0])] == [True, True]
     same = [a is b or a == b for a, b in zip(first[5:], later[5:], strict=True)]
     assert all(same)
+
+
+def named(argument: object, names: dict[int, str]) -> object:
+    """An argument of a launch that another call's may equal; of a descriptor all but what only compilation reads."""
+    if isinstance(argument, torch.Tensor):
+        return names.get(argument.data_ptr(), argument.numel())
+    if hasattr(argument, "base"):
+        return named(argument.base, names), list(argument.shape), list(argument.strides), argument.padding
+    return argument
+
+
+@pytest.mark.parametrize("is_deterministic", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("kind", KINDS)
+def test_later_backward_passes_launch_the_same_of_other_tensors(monkeypatch, kind, head_dim, is_deterministic):
+    kernel, length, passes, watched = Known(), 2200, [], []
+    modules = (backward_kernels, "attention_backward_kernel"), (wide_kernels, "attention_backward_wide_kernel")
+    for module, name in (*modules, (dq_kernels, "attention_backward_dq_kernel"), *((ends_kernels, n) for n in ENDS)):
+        monkeypatch.setattr(module, name, kernel)
+    monkeypatch.setattr("flash_attn_plus.device.probe", lambda where: device_of(HOPPER))
+    is_packed, right, plan = kind == "packed_window", -1 if kind == "full" else 0, None
+    for _ in range(3):
+        q = torch.empty(1, length, 8, head_dim, dtype=torch.bfloat16)
+        k, cu = torch.empty(1, length, 2, head_dim, dtype=torch.bfloat16), None
+        lse = torch.empty(8, length) if is_packed else torch.empty(1, 8, length)
+        if is_packed:
+            q, k, cu = q[0], k[0], torch.tensor([0, 300, length], dtype=torch.int32)
+        x = AttentionInputs(q, k, k.clone(), 0.1, cu_seqlens_q=cu, cu_seqlens_k=cu)
+        given = x, q.clone(), q.clone(), lse, None, q.clone(), k.clone(), k.clone(), lse.clone()
+        if plan is None:
+            left = 100 if is_packed else -1
+            problem = describe(x, length, length, left, right, is_backward=True, is_deterministic=is_deterministic)
+            plan = GluonHopper().plan_backward(problem, *given[:-1])
+        plan(*given)
+        tensors = [t for t in (*x, *given[1:]) if isinstance(t, torch.Tensor)]
+        names = {t.data_ptr(): f"tensor {i}" for i, t in enumerate(tensors)}
+        passes.append([(grid, [named(a, names) for a in args]) for grid, args in kernel.launches])
+        watched += map(weakref.ref, tensors)
+        kernel.launches.clear()
+    assert len(passes[0]) == 3
+    assert passes[1] == passes[0]
+    assert passes[2] == passes[0]
+    del q, k, lse, cu, x, given, tensors
+    assert [t for t in watched if t() is not None] == []
 
 
 def test_constants_come_in_the_order_of_the_kernels_parameters():

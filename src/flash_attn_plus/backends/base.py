@@ -105,6 +105,21 @@ class Backend(ABC):
         """As `plan_outputs`, dq, dk and dv, where no gradient of the LSE arrives; None: `backward` fills buffers."""
         return None
 
+    def plan_backward(
+        self,
+        problem: AttentionProblem,
+        inputs: AttentionInputs,
+        dout: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+    ) -> Callable[..., None]:
+        """As `plan_forward`, what runs `backward(problem, ...)` for these tensors and any others laid out alike."""
+        return partial(self.backward, problem)
+
     @abstractmethod
     def backward(
         self,

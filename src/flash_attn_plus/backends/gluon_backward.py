@@ -1,5 +1,7 @@
 """Arguments and grids of the Hopper kernels of the backward pass."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,12 +18,12 @@ from flash_attn_plus.tuning import hopper
 _END_ROWS = 32  # rows a program of the kernels around the main one
 
 
-class _Call:
-    """What the launches of one backward pass share."""
+class _Sizes:
+    """What the launches of one backward pass share; no tensor of the call that they are made for."""
 
     def __init__(self, problem: AttentionProblem, inputs: AttentionInputs):
         p = problem
-        self.p, self.x = p, inputs
+        self.p = p
         self.width = hopper.padded_head_dim(p.head_dim)
         self.tile = hopper.BACKWARD[self.width]
         self.is_split = hopper.is_split(p)
@@ -38,12 +40,13 @@ class _Call:
         self.ends_sizes = {"HEAD_DIM": p.head_dim, "BLOCK_D": self.width, "ROWS": _END_ROWS, "ALIGN": align}
 
     def counter(self) -> Tensor | None:
-        """Where programs draw their tiles, or None where all tiles are alike."""
+        """Where programs draw their tiles, or None where all tiles are alike; another one in a graph."""
         return None if self.is_even else counter(self.p.device)
 
-    def empty(self, *shape: int) -> Tensor:
-        """Scratch memory."""
-        return torch.empty(shape, dtype=torch.float32, device=self.p.device)
+    def scratch(self, columns: int) -> Tensor:
+        """What allocates so many float32 numbers a row when given to torch.empty_like; it holds one."""
+        number = self.lines * self.rows * columns
+        return torch.empty((), dtype=torch.float32, device=self.p.device).expand(number)
 
 
 def _row_strides(x: Tensor) -> tuple[int, int, int]:
@@ -57,30 +60,28 @@ def _is_long(n: int) -> bool:
     return n > 0x7FFFFFFF
 
 
-def _prepare(
-    c: _Call,
-    out: Tensor,
-    dout: Tensor,
-    lse: Tensor,
-    dlse: Tensor | None,
-    delta: Tensor,
-    statistics: Tensor,
-    accumulator: Tensor | None,
-) -> None:
+def _boxes(*boxes: tuple[Tensor, int, int]) -> list[Tiles]:
+    """Boxes of (tensor, rows, columns) that hold no memory."""
+    return [tiles_of(*box).of(None) for box in boxes]
+
+
+def _prepare(c: _Sizes, out: Tensor, dout: Tensor, lse: Tensor, has_dlse: bool) -> Callable[..., None]:
+    """What fills delta and the statistics, and clears the accumulator."""
     strides = (*_row_strides(out), *_row_strides(dout))
-    dlse = None if dlse is None else dlse.contiguous()
-    key = (*c.key, dlse is None, *map(_is_long, strides))
-    Launch(ends_kernels.attention_prepare_kernel, c.p.device, c.ends_grid, key, c.ends_sizes)(
-        out, dout, lse, dlse, delta, statistics, accumulator, c.x.cu_seqlens_q, *strides, lse.shape[-1], c.lines,
-        c.rows, c.p.seqlen_q, c.p.heads,
-    )  # fmt: skip
+    key = (*c.key, not has_dlse, *map(_is_long, strides))
+    launch = Launch(ends_kernels.attention_prepare_kernel, c.p.device, c.ends_grid, key, c.ends_sizes)
+    numbers = (*strides, lse.shape[-1], c.lines, c.rows, c.p.seqlen_q, c.p.heads)
+
+    def run(x, out, dout, lse, dlse, delta, statistics, accumulator) -> None:
+        dlse = None if dlse is None else dlse.contiguous()
+        launch(out, dout, lse, dlse, delta, statistics, accumulator, x.cu_seqlens_q, *numbers)
+
+    return run
 
 
-def _walk_queries(
-    c: _Call, dout: Tensor, statistics: Tensor, accumulator: Tensor | None, dk: Tensor, dv: Tensor
-) -> None:
-    """Fill dk and dv, and add to the accumulator."""
-    p, x, tile = c.p, c.x, c.tile
+def _walk_queries(c: _Sizes, x: AttentionInputs, dout: Tensor, dk: Tensor, dv: Tensor) -> Callable[..., None]:
+    """What fills dk and dv, and adds to the accumulator."""
+    p, tile = c.p, c.tile
     # Counted with all four heads of a group, fewer of its long tiles took turns: the last ones cost 5 to 11 %.
     chunk = chunk_of(p.batch * p.heads_k, p.seqlen_q * c.width * 8, p.right >= 0, hopper.CACHE)
     constants = {
@@ -92,26 +93,36 @@ def _walk_queries(
         "OTHER_REGISTERS": tile.other_registers,
     }
     grid = min(-(-p.seqlen_k // tile.block_n) * p.batch * p.heads_k, c.processors)
-    dq: tuple[Tiles | None, ...] = () if tile.is_wide else (None,)
-    if accumulator is not None:
-        by_row = accumulator.view(-1, p.heads, c.rows, p.head_dim).transpose(1, 2)
-        dq = (tiles_of(by_row, SIDE.value, SIDE.value),)
     kernel = backward_kernels.attention_backward_kernel
     if tile.is_wide:
         kernel = wide_kernels.attention_backward_wide_kernel
-    Launch(kernel, p.device, grid, c.key, constants)(
-        tiles_of(x.q, tile.block_m, c.width), tiles_of(x.k, tile.block_n, c.width),
-        tiles_of(x.v, tile.block_n, c.width), tiles_of(dout, tile.block_m, c.width),
-        Tiles(statistics, [2, c.lines, c.rows], [c.lines * c.rows, c.rows, 1], (1, tile.block_m)), *dq,
-        tiles_of(dk, QUERIES, c.width), tiles_of(dv, QUERIES, c.width), x.cu_seqlens_q, x.cu_seqlens_k, c.counter(),
-        x.alibi_slopes, p.batch, p.heads, c.group, chunk, p.seqlen_q, p.seqlen_k, p.left, p.right,
-        *score_numbers(p, x), x.softmax_scale,
+    launch = Launch(kernel, p.device, grid, c.key, constants)
+    q, k, v, g, dk_boxes, dv_boxes = _boxes(
+        (x.q, tile.block_m, c.width), (x.k, tile.block_n, c.width), (x.v, tile.block_n, c.width),
+        (dout, tile.block_m, c.width), (dk, QUERIES, c.width), (dv, QUERIES, c.width),
+    )  # fmt: skip
+    rows = Tiles(None, [2, c.lines, c.rows], [c.lines * c.rows, c.rows, 1], (1, tile.block_m))
+    sums = torch.empty((c.lines, c.rows, p.head_dim), device="meta")
+    by_row = sums.view(-1, p.heads, c.rows, p.head_dim).transpose(1, 2)
+    (added,) = _boxes((by_row, SIDE.value, SIDE.value))
+    numbers = (
+        p.batch, p.heads, c.group, chunk, p.seqlen_q, p.seqlen_k, p.left, p.right, *score_numbers(p, x),
+        x.softmax_scale,
     )  # fmt: skip
 
+    def run(x, dout, statistics, accumulator, dk, dv) -> None:
+        dq = () if tile.is_wide else (None if accumulator is None else added.of(accumulator),)
+        launch(
+            q.of(x.q), k.of(x.k), v.of(x.v), g.of(dout), rows.of(statistics), *dq, dk_boxes.of(dk), dv_boxes.of(dv),
+            x.cu_seqlens_q, x.cu_seqlens_k, c.counter(), x.alibi_slopes, *numbers,
+        )  # fmt: skip
 
-def _walk_keys(c: _Call, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -> None:
-    """Fill dq by a kernel of its own."""
-    p, x, tile = c.p, c.x, hopper.DQ[c.width]
+    return run
+
+
+def _walk_keys(c: _Sizes, x: AttentionInputs, dout: Tensor, lse: Tensor, dq: Tensor) -> Callable[..., None]:
+    """What fills dq by a kernel of its own."""
+    p, tile = c.p, hopper.DQ[c.width]
     chunk = chunk_of(p.batch * p.heads, p.seqlen_k * c.width * 4, p.right >= 0, hopper.CACHE)
     constants = {
         "HAS_LEFT": p.left >= 0,
@@ -124,20 +135,84 @@ def _walk_keys(c: _Call, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -
         "PRODUCER_REGISTERS": tile.producer_registers,
     }
     grid = min(-(-p.seqlen_q // (2 * QUERIES)) * p.batch * p.heads, c.processors)
-    Launch(dq_kernels.attention_backward_dq_kernel, p.device, grid, c.key, constants)(
-        tiles_of(x.q, QUERIES, c.width), tiles_of(x.k, tile.block_n, c.width), tiles_of(x.v, tile.block_n, c.width),
-        tiles_of(dout, QUERIES, c.width), tiles_of(dq, QUERIES, c.width), lse, delta, x.cu_seqlens_q, x.cu_seqlens_k,
-        c.counter(), x.alibi_slopes, p.batch, p.heads, c.group, chunk, p.seqlen_q, p.seqlen_k, p.left, p.right,
-        lse.shape[-1], *score_numbers(p, x), x.softmax_scale,
+    launch = Launch(dq_kernels.attention_backward_dq_kernel, p.device, grid, c.key, constants)
+    q, k, v, g, boxes = _boxes(
+        (x.q, QUERIES, c.width), (x.k, tile.block_n, c.width), (x.v, tile.block_n, c.width), (dout, QUERIES, c.width),
+        (dq, QUERIES, c.width),
+    )  # fmt: skip
+    numbers = (
+        p.batch, p.heads, c.group, chunk, p.seqlen_q, p.seqlen_k, p.left, p.right, lse.shape[-1],
+        *score_numbers(p, x), x.softmax_scale,
     )  # fmt: skip
 
+    def run(x, dout, lse, delta, dq) -> None:
+        launch(
+            q.of(x.q), k.of(x.k), v.of(x.v), g.of(dout), boxes.of(dq), lse, delta, x.cu_seqlens_q, x.cu_seqlens_k,
+            c.counter(), x.alibi_slopes, *numbers,
+        )  # fmt: skip
 
-def _round(c: _Call, accumulator: Tensor, dq: Tensor) -> None:
+    return run
+
+
+def _round(c: _Sizes, softmax_scale: float, dq: Tensor) -> Callable[..., None]:
+    """What makes dq of the accumulator."""
     strides = _row_strides(dq)
     key = (*c.key, *map(_is_long, strides))
-    Launch(ends_kernels.attention_round_dq_kernel, c.p.device, c.ends_grid, key, c.ends_sizes)(
-        accumulator, dq, c.x.cu_seqlens_q, *strides, c.rows, c.p.seqlen_q, c.p.heads, c.x.softmax_scale
-    )
+    launch = Launch(ends_kernels.attention_round_dq_kernel, c.p.device, c.ends_grid, key, c.ends_sizes)
+    numbers = (*strides, c.rows, c.p.seqlen_q, c.p.heads, softmax_scale)
+
+    def run(x, accumulator, dq) -> None:
+        launch(accumulator, dq, x.cu_seqlens_q, *numbers)
+
+    return run
+
+
+class BackwardPlan:
+    """The row statistics, then the kernel that walks over queries and what completes dq, for calls laid out alike."""
+
+    def __init__(
+        self,
+        problem: AttentionProblem,
+        inputs: AttentionInputs,
+        dout: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+    ):
+        c = _Sizes(problem, inputs)
+        self._statistics = c.scratch(2)
+        self._accumulator = None if c.is_split else c.scratch(problem.head_dim)
+        self._prepare = _prepare(c, out, dout, lse, dlse is not None)
+        self._walk_queries = _walk_queries(c, inputs, dout, dk, dv)
+        if c.is_split:
+            self._walk_keys = _walk_keys(c, inputs, dout, lse, dq)
+        else:
+            self._round = _round(c, inputs.softmax_scale, dq)
+
+    def __call__(
+        self,
+        x: AttentionInputs,
+        dout: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        delta: Tensor,
+    ) -> None:
+        """Fill dq, dk, dv and delta."""
+        statistics = torch.empty_like(self._statistics)
+        accumulator = None if self._accumulator is None else torch.empty_like(self._accumulator)
+        self._prepare(x, out, dout, lse, dlse, delta, statistics, accumulator)
+        self._walk_queries(x, dout, statistics, accumulator, dk, dv)
+        if accumulator is None:
+            self._walk_keys(x, dout, lse, delta, dq)
+        else:
+            self._round(x, accumulator, dq)
 
 
 def backward(
@@ -152,13 +227,6 @@ def backward(
     dv: Tensor,
     delta: Tensor,
 ) -> None:
-    """Launch the row statistics, then the kernel that walks over queries and what completes dq."""
-    c = _Call(problem, inputs)
-    statistics = c.empty(2, c.lines, c.rows)
-    accumulator = None if c.is_split else c.empty(c.lines, c.rows, problem.head_dim)
-    _prepare(c, out, dout, lse, dlse, delta, statistics, accumulator)
-    _walk_queries(c, dout, statistics, accumulator, dk, dv)
-    if accumulator is None:
-        _walk_keys(c, dout, lse, delta, dq)
-    else:
-        _round(c, accumulator, dq)
+    """Launch the kernels."""
+    given = inputs, dout, out, lse, dlse, dq, dk, dv
+    BackwardPlan(problem, *given)(*given, delta)

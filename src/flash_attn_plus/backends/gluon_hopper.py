@@ -6,6 +6,7 @@ gradients without them, which come after the choice of a backend, are filled by 
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -111,9 +112,15 @@ class GluonHopper(Backend):
 
         (gluon_launch if can_copy(out) else triton_launch).forward(problem, inputs, out, lse)
 
-    def backward(self, problem, inputs, dout, out, lse, dlse, dq, dk, dv, delta) -> None:
-        """See Backend.backward; three kernels."""
+    def plan_backward(self, problem, inputs, dout, out, lse, dlse, dq, dk, dv) -> Callable[..., None]:
+        """See Backend.plan_backward: keeps the compiled kernels and the shapes of their descriptors."""
         from flash_attn_plus.backends import gluon_backward, triton_launch
 
-        launch = gluon_backward if all(map(can_copy, (dout, out, dq, dk, dv))) else triton_launch
-        launch.backward(problem, inputs, dout, out, lse, dlse, dq, dk, dv, delta)
+        if all(map(can_copy, (dout, out, dq, dk, dv))):
+            return gluon_backward.BackwardPlan(problem, inputs, dout, out, lse, dlse, dq, dk, dv)
+        return partial(triton_launch.backward, problem)
+
+    def backward(self, problem, inputs, dout, out, lse, dlse, dq, dk, dv, delta) -> None:
+        """See Backend.backward; three kernels."""
+        given = inputs, dout, out, lse, dlse, dq, dk, dv
+        self.plan_backward(problem, *given)(*given, delta)
