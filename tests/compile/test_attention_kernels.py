@@ -1,5 +1,7 @@
 """Every portable attention kernel compiles for every declared target, as its launcher would launch it there."""
 
+import re
+
 import pytest
 import torch
 from harness import SHARED_MEMORY, TARGETS, Launch, compile_launch, recorded, report
@@ -92,6 +94,15 @@ def test_hopper_with_descriptors(head_dim: int, causal: bool, length: int, monke
     for launch in launches("cuda:90", head_dim, causal, length=length):
         check("cuda:90", launch, spills_allowed=False)
     heuristics._known.cache_clear()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_hopper_takes_powers_under_the_next_products(causal: bool):
+    launch, *_ = launches("cuda:90", 128, causal, length=2048)
+    kinds = {"HGMMA": "p", "MUFU.EX2": "e", "WARPGROUP.DEPBAR": "|"}
+    order = re.findall("|".join(map(re.escape, kinds)), report(compile_launch(launch, "cuda:90")).assembly)
+    under = re.findall("p[pe]*p", "".join(kinds[word] for word in order))
+    assert max(run.count("e") for run in under) >= 24  # of a thread's 32 in a tile
 
 
 @pytest.mark.parametrize("target", TARGETS)

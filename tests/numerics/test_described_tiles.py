@@ -21,6 +21,8 @@ BASE = Case(batch=2, seqlen_q=SHORT, seqlen_k=LONG, heads=2, heads_k=1, head_dim
 CASES = {
     "full": BASE,
     "full_one_tile": BASE._replace(seqlen_k=TILE - 3),
+    "full_two_tiles": BASE._replace(seqlen_k=TILE + 1),
+    "causal_without_keys": BASE._replace(seqlen_q=LONG, seqlen_k=3, right=0),
     "full_whole_tiles": BASE._replace(seqlen_q=2 * TILE, seqlen_k=3 * TILE),
     "causal": BASE._replace(right=0),
     "causal_tall": BASE._replace(seqlen_q=LONG, seqlen_k=SHORT, right=0),
@@ -37,12 +39,14 @@ CASES = {
 SPLIT = {"split": BASE._replace(right=0), "split_full": BASE}
 
 
-def check(case: Case, device: str, is_split: bool) -> int:
+def check(case: Case, device: str, is_split: bool, is_ahead: bool) -> int:
     """Hold the passes to the tolerance rule; how many tensors were described."""
     config = TileConfig(TILE, TILE, 4, 2, by_descriptor=True)
     described = mock.Mock(side_effect=triton_descriptors.described)
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(triton_descriptors, "described", described))
+        if not is_ahead:
+            stack.enter_context(mock.patch.object(heuristics, "is_ahead", return_value=False))
         for kernel in table.KERNELS:
             stack.enter_context(table.only(kernel, config._replace(is_split=is_split and kernel == "dkdv")))
         run_directly(selection.get("triton"), case, torch.float16, device, with_backward=True)
@@ -53,7 +57,23 @@ def check(case: Case, device: str, is_split: bool) -> int:
 def test_tiles(name: str, device: str):
     case, is_split = (CASES | SPLIT)[name], name in SPLIT
     # The copy engine takes neither odd strides nor strides of 0.
-    assert check(case, device, is_split) == (0 if case.layout in {"sliced", "expanded"} else 6)
+    assert check(case, device, is_split, True) == (0 if case.layout in {"sliced", "expanded"} else 7)
+
+
+@pytest.mark.parametrize("name", ["full", "causal", "window", "narrow_heads"])
+def test_products_in_turn(name: str, device: str):
+    assert check(CASES[name], device, False, False) == 6
+
+
+def test_products_are_asked_for_ahead_where_two_tiles_of_them_fit():
+    plain = BASE._replace(head_dim=128).problem(torch.bfloat16)
+    tiles = TileConfig(64, 64, 4, 3, by_descriptor=True)
+    assert heuristics.is_ahead(plain, tiles)
+    assert heuristics.is_ahead(plain._replace(head_dim=64), tiles)
+    assert not heuristics.is_ahead(plain._replace(head_dim_v=256), tiles)
+    assert not heuristics.is_ahead(plain._replace(has_softcap=True), tiles)
+    assert not heuristics.is_ahead(plain, tiles._replace(block_n=128))
+    assert not heuristics.is_ahead(plain, tiles._replace(by_descriptor=False))
 
 
 def test_long_plain_calls_of_16_bits_take_them_before_others():
@@ -68,14 +88,3 @@ def test_long_plain_calls_of_16_bits_take_them_before_others():
         assert rest
         assert not any(c.by_descriptor for p in others for c in (*rest, *kernel(p, hopper)))
         assert not any(c.by_descriptor for c in kernel(plain, hopper._replace(family="cuda100")))
-
-
-def test_full_calls_over_many_keys_take_larger_tiles():
-    hopper = Device("cuda90", 227 * 1024, 132)
-    full = Case(batch=1, seqlen_q=2048, seqlen_k=2048, heads=8, heads_k=8, head_dim=128).problem(torch.bfloat16)
-    banded = full._replace(right=0)
-    assert heuristics.forward(full, hopper) == heuristics.forward(banded, hopper)
-    longer = [p._replace(seqlen_k=heuristics._MANY_KEYS) for p in (full, banded)]
-    assert heuristics.forward(longer[0], hopper)[0].block_m > heuristics.forward(longer[1], hopper)[0].block_m
-    for kernel in (heuristics.dkdv, heuristics.dq):
-        assert kernel(full, hopper)[0] == kernel(longer[0], hopper)[0]

@@ -98,7 +98,7 @@ class ForwardPlan:
         self._facts = device.probe(p.device)
         self._features = features(p, inputs)
         self._replay: Replay | None = None
-        self._descriptors: tuple[TensorDescriptor, ...] = ()  # of k and v in the replay
+        self._descriptors: tuple[TensorDescriptor, ...] = ()  # of k and v in the replay, or of q, too
         packed_k = p.is_varlen_k
         self._strides_qkv = (
             *_row_strides(inputs.q, p.is_varlen_q),
@@ -120,8 +120,9 @@ class ForwardPlan:
             if self._problem.is_varlen_q:
                 out.zero_()  # rows behind the last sequence belong to no program
             if self._replay is not None and triton_replay.may_replay() and triton_replay.are_aligned(tensors):
-                described = map(triton_descriptors.like, self._descriptors, (x.k, x.v))
-                self._replay(x.q, *(described if self._descriptors else (x.k, x.v)), *tensors[3:])
+                plain = tensors[: 3 - len(self._descriptors)]
+                described = map(triton_descriptors.like, self._descriptors, tensors[len(plain) : 3])
+                self._replay(*plain, *described, *tensors[3:])
             else:
                 self._launch(x, tensors, out, lse)
 
@@ -132,18 +133,21 @@ class ForwardPlan:
         def run(c: TileConfig) -> None:
             c, F, blocks = triton_blocks.prepare(p, x, self._features, c, is_by_keys=False)
             (k, v), F = triton_descriptors.streamed(c, F, (x.k, x.v), c.block_n)
+            F = F._replace(is_ahead=heuristics.is_ahead(p, c))
+            q = triton_descriptors.described(x.q, c.block_m) if F.is_ahead else x.q
             grid = (-(-p.seqlen_q // c.block_m) * p.heads * p.batch,)
             tail = (*strides, *self._numbers, blocks, *self._sizes, c.block_m, c.block_n, F)
             compiled = forward_kernels.attention_forward_kernel[grid](
-                x.q, k, v, *tensors[3:], *tail, num_warps=c.num_warps, num_stages=c.num_stages
+                q, k, v, *tensors[3:], *tail, num_warps=c.num_warps, num_stages=c.num_stages
             )
             is_same = p.device.type == "cuda" and blocks is None and isinstance(compiled, CompiledKernel)
             if triton_replay.IS_PROVEN and is_same and triton_replay.are_aligned(tensors):
                 self._replay = Replay(compiled, grid, tail, p.device)
-                self._descriptors = triton_descriptors.forget_tensors(k, v) if c.by_descriptor else ()
+                described = [t for t in (q, k, v) if isinstance(t, TensorDescriptor)]
+                self._descriptors = triton_descriptors.forget_tensors(*described)
 
         key = ("forward", p.device, p.dtype, p.head_dim, p.head_dim_v, x.block_size, self._features)
-        configs = triton_descriptors.usable(heuristics.forward(p, self._facts), (x.k, x.v))
+        configs = triton_descriptors.usable(heuristics.forward(p, self._facts), tensors[:3])
         launch_first_fitting(key, configs, run)
 
 

@@ -24,3 +24,4 @@ class Features(NamedTuple):
     has_blocks: bool = False  # tiles are listed: those of the visible blocks
     has_cut_blocks: bool = False  # blocks begin or end within tiles
     has_descriptors: bool = False  # the tiles of a loop come through tensor descriptors
+    is_ahead: bool = False  # forward: a tile's products are asked for before the powers of the one before it

@@ -51,6 +51,56 @@ def _fold_tile(
     return acc, row_max, row_sum
 
 
+@triton.jit
+def _described_product(q, k_base, batch, kv_head, col0, BLOCK_N: tl.constexpr, F: tl.constexpr):
+    """q k^T [M, N] of the keys [col0, col0 + BLOCK_N)."""
+    k = tl.trans(sequence.described(k_base, batch, kv_head, col0, BLOCK_N, q.shape[1]))  # [D, N]
+    return tl.dot(q, k, input_precision=F.precision)
+
+
+@triton.jit
+def _add_described(acc, weights, decay, v_base, batch, kv_head, col0, F: tl.constexpr):
+    """The accumulator, decayed, and the weights' product with the values [col0, col0 + BLOCK_N)."""
+    v = sequence.described(v_base, batch, kv_head, col0, weights.shape[1], acc.shape[1])  # [N, DV]
+    return score.add_product(weights.to(v.dtype), v, acc * decay[:, None], F)
+
+
+@triton.jit
+def _masked(scores, row0, col0, band, walk, F: tl.constexpr):
+    rows, cols = row0 + tl.arange(0, scores.shape[0]), col0 + tl.arange(0, scores.shape[1])
+    return tl.where(block_lists.keep(rows[:, None], cols[None, :], band, walk, F), scores, float("-inf"))
+
+
+@triton.jit
+def _fold_ahead(
+    acc, row_max, row_sum, q, k_base, v_base, batch, kv_head, row0, first, full_first, full_end, end, band, walk, rule,
+    BLOCK_N: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
+    """Fold the tiles [first, end) of keys, weighing each one's products while the next one's are under way.
+
+    The order within a step keeps the tensor cores busy: maxima under the values' product of the step before, then the
+    next products, the powers under them.
+    """
+    multiplier = score.multiplier(rule, F)
+    last = tl.maximum(end - 1, first)
+    scores = _described_product(q, k_base, batch, kv_head, first * BLOCK_N, BLOCK_N, F)
+    for i in tl.range(first, last):
+        if F.has_left or F.has_right:  # else the last tile only can need a mask
+            if (i < full_first) | (i >= full_end):
+                scores = _masked(scores, row0, i * BLOCK_N, band, walk, F)
+        new_max, pivot = softmax.peak_in_parts(scores, multiplier, row_max)
+        ahead = _described_product(q, k_base, batch, kv_head, (i + 1) * BLOCK_N, BLOCK_N, F)
+        weights, decay, row_sum = softmax.weights_in_parts(scores, multiplier, row_max, pivot, row_sum, F)
+        acc = _add_described(acc, weights, decay, v_base, batch, kv_head, i * BLOCK_N, F)
+        row_max = new_max
+        scores = ahead
+    if (last < full_first) | (last >= full_end):
+        scores = _masked(scores, row0, last * BLOCK_N, band, walk, F)
+    weights, decay, row_max, row_sum = softmax.step_in_parts(scores, multiplier, row_max, row_sum, F)
+    acc = _add_described(acc, weights, decay, v_base, batch, kv_head, last * BLOCK_N, F)
+    return acc, row_max, row_sum
+
+
 @triton.jit(
     do_not_specialize=["len_q", "len_k", "heads", "group", "left", "right", "page_size", "stride_lb", "stride_lh"]
 )
@@ -64,7 +114,8 @@ def attention_forward_kernel(
 ):  # fmt: skip
     """out[rows] = softmax(q k^T) v and its LSE for one tile of BLOCK_M queries of one head of one sequence.
 
-    With F.has_descriptors k_ptr and v_ptr are descriptors of (batch, key, head, dim) in tiles of BLOCK_N keys.
+    With F.has_descriptors k_ptr and v_ptr are descriptors of (batch, key, head, dim) in tiles of BLOCK_N keys; with
+    F.is_ahead q_ptr is one, too, in tiles of BLOCK_M queries.
     """
     tiles = tl.cdiv(len_q, BLOCK_M)
     tile = tl.program_id(0) % tiles
@@ -83,9 +134,12 @@ def attention_forward_kernel(
 
     rows = row0 + tl.arange(0, BLOCK_M)
     dims, dims_v = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
-    q_base = sequence.base(q_ptr, batch, head, q_start, stride_qb, stride_qh, stride_qs)
-    q_ptrs = sequence.tile(q_base, row0, tl.arange(0, BLOCK_M)[:, None], stride_qs, dims)
-    q = sequence.load(q_ptrs, rows[:, None], len_q, dims, HEAD_DIM, BLOCK_D, True)  # [M, D]
+    if F.is_ahead:  # by pointers q would take a second place in shared memory
+        q = sequence.described(q_ptr, batch, head, row0, BLOCK_M, BLOCK_D)  # [M, D]
+    else:
+        q_base = sequence.base(q_ptr, batch, head, q_start, stride_qb, stride_qh, stride_qs)
+        q_ptrs = sequence.tile(q_base, row0, tl.arange(0, BLOCK_M)[:, None], stride_qs, dims)
+        q = sequence.load(q_ptrs, rows[:, None], len_q, dims, HEAD_DIM, BLOCK_D, True)  # [M, D]
     q = score.signed(q, rule, F)
     kv_head = head // group
     if F.has_descriptors:
@@ -106,7 +160,13 @@ def attention_forward_kernel(
     walk = block_lists.walk_of(blocks, batch, head, tile, F)
     first, full_first, full_end, end = block_lists.spans(walk, mask.key_tiles(row0, band, F, BLOCK_M, BLOCK_N), F)
     full, partial = block_lists.first_tiles(walk, full_first, F)
-    if F.has_descriptors:  # the copy engine fills up the last tile, so one loop without a gap serves all tiles
+    if F.is_ahead:
+        acc, row_max, row_sum = _fold_ahead(
+            acc, row_max, row_sum, q, k_base, v_base, batch, kv_head, row0, first, full_first, full_end, end,
+            band, walk, rule, BLOCK_N, F,
+        )  # fmt: skip
+        row_sum = tl.sum(row_sum, 1)
+    elif F.has_descriptors:  # the copy engine fills up the last tile, so one loop without a gap serves all tiles
         for i in tl.range(first, end):
             acc, row_max, row_sum = _fold_tile(
                 acc, row_max, row_sum, q, k_base, v_base, row0, i * BLOCK_N, table_ptr, page_size, stride_kb,

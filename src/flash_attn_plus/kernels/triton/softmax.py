@@ -21,14 +21,28 @@ def step(scores, multiplier, row_max, row_sum, F: tl.constexpr):
 
 
 @triton.jit
-def step_in_parts(scores, multiplier, row_max, row_sums, F: tl.constexpr):
-    """`step` with sums [M, PARTS], added up after the last tile: the sum of a tile takes no exchange among threads."""
+def peak_in_parts(scores, multiplier, row_max):
+    """(new row_max, what weights are taken relative to): the first half of `step_in_parts`."""
     apart: tl.constexpr = [scores.shape[0], scores.shape[1] // PARTS, PARTS]
     new_max = tl.maximum(row_max, tl.max(tl.max(scores.reshape(apart), 1), 1) * multiplier)
-    pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
+    return new_max, tl.where(new_max == float("-inf"), 0.0, new_max)
+
+
+@triton.jit
+def weights_in_parts(scores, multiplier, row_max, pivot, row_sums, F: tl.constexpr):
+    """(weights, decay, new row_sums) from the row_max before and the new pivot: the second half."""
+    apart: tl.constexpr = [scores.shape[0], scores.shape[1] // PARTS, PARTS]
     weights = score.power(scores * multiplier - pivot[:, None], F)
     decay = score.power(row_max - pivot, F)
-    return weights, decay, new_max, row_sums * decay[:, None] + tl.sum(weights.reshape(apart), 1)
+    return weights, decay, row_sums * decay[:, None] + tl.sum(weights.reshape(apart), 1)
+
+
+@triton.jit
+def step_in_parts(scores, multiplier, row_max, row_sums, F: tl.constexpr):
+    """`step` with sums [M, PARTS], added up after the last tile: the sum of a tile takes no exchange among threads."""
+    new_max, pivot = peak_in_parts(scores, multiplier, row_max)
+    weights, decay, row_sums = weights_in_parts(scores, multiplier, row_max, pivot, row_sums, F)
+    return weights, decay, new_max, row_sums
 
 
 @triton.jit
