@@ -102,6 +102,31 @@ def _tool(name: str, flag: str, cubin: bytes) -> str:
         return subprocess.run([str(binary), flag, f.name], check=True, capture_output=True, text=True).stdout
 
 
+def stray_products(assembly: str) -> list[str]:
+    """Hopper's products whose operand does not lie where the address of shared memory led: an assembler lost it.
+
+    Registers count as an address when anything that they were made of did; local memory is trusted.
+    """
+    addresses: set[str] = set()
+    stray = []
+    for line in assembly.splitlines():
+        line = re.sub(r"/\*.*?\*/", "", line).strip().rstrip("; ")
+        line = re.sub(r"^@!?U?P[T\d]+\s+", "", line)
+        name, _, rest = line.partition(" ")
+        operands = [x.strip() for x in rest.split(",")]
+        if name.startswith("HGMMA"):
+            at, is_a_there = int(re.findall(r"gdesc\[UR(\d+)\]", rest)[0]), operands[1].startswith("gdesc")
+            if not {f"UR{at + 2}", *([f"UR{at}"] if is_a_there else [])} <= addresses:
+                stray.append(line)
+        elif target := re.fullmatch(r"(U?R)(\d+)", operands[0]):
+            sources = set(re.findall(r"\bU?R\d+\b", " ".join(operands[1:])))
+            is_base = "SR_CgaCtaId" in rest or name.startswith("LDL") or (rest.endswith(" 0x400") and "MOV" in name)
+            width = 4 if ".128" in name else 2 if ".64" in name or "WIDE" in name else 1
+            written = {f"{target[1]}{int(target[2]) + i}" for i in range(width)}
+            addresses = addresses | written if is_base or sources & addresses else addresses - written
+    return stray
+
+
 def report(compiled: triton.compiler.CompiledKernel) -> Report:
     """Shared memory, spills and assembly of a compiled kernel."""
     if compiled.metadata.target.backend == "cuda":

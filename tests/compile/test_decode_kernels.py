@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import SHARED_MEMORY, TARGETS, Launch, compile_launch, recorded, report
+from harness import SHARED_MEMORY, TARGETS, Launch, compile_launch, recorded, report, stray_products
 
 from flash_attn_plus import device
 from flash_attn_plus.backends import triton_decode
@@ -16,20 +16,25 @@ E4M3 = torch.float8_e4m3fn
 DECODE = ("attention_split_kernel",)
 
 
-def launches(target, queries=1, heads=32, heads_k=8, d=128, page=0, dtype=torch.bfloat16, cache_dtype=None):
-    """A decode step: one sequence of 8,192 keys, so that they are split."""
+def launches(
+    target, queries=1, heads=32, heads_k=8, d=128, dv=0, page=0, dtype=torch.bfloat16, cache_dtype=None, start=0
+):
+    """A decode step: one sequence of 8,192 keys, so that they are split; caches start at that many elements."""
     q = torch.empty(1, queries, heads, d, dtype=dtype)
     size = page or 8192
-    k = torch.empty(8192 // size, size, heads_k, d, dtype=cache_dtype or dtype)
+    k, v = (
+        torch.empty(8192 * heads_k * n + start, dtype=cache_dtype or dtype)[start:].view(-1, size, heads_k, n)
+        for n in (d, dv or d)
+    )
     table = torch.zeros(1, 8192 // page, dtype=torch.int32) if page else None
     factor = None if cache_dtype is None else torch.ones(heads_k)
     inputs = AttentionInputs(
-        q, k, k, d**-0.5, seqused_k=torch.zeros(1, dtype=torch.int32), block_table=table, k_descale=factor,
+        q, k, v, d**-0.5, seqused_k=torch.zeros(1, dtype=torch.int32), block_table=table, k_descale=factor,
         v_descale=factor,
     )  # fmt: skip
     with recorded(decode_kernels, DECODE, target) as found:
         triton_decode.SplitPlan(describe(inputs, 0, 0, -1, 0)._replace(cache_dtype=cache_dtype), inputs)(
-            inputs, torch.empty_like(q), torch.empty(1, heads, queries)
+            inputs, q.new_empty(1, queries, heads, dv or d), torch.empty(1, heads, queries)
         )
     assert [launch.kernel.__name__ for launch in found] == list(DECODE)
     return found
@@ -70,6 +75,23 @@ def test_variants_fit(target, options):
         pytest.skip("the backend refuses 8-bit caches there")
     for launch in launches(target, **options):
         check(target, launch, may_spill=options.get("d") == 512 or "dtype" in options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"d": 33, "dv": 1, "page": 16},
+        {"d": 64, "dv": 16, "start": 1},
+        {"d": 64, "cache_dtype": E4M3},
+        {"d": 128, "dv": 64, "cache_dtype": E4M3},
+        {"d": 128, "cache_dtype": E4M3},
+        {"d": 64, "dv": 16},
+    ],
+    ids=str,
+)
+def test_products_of_many_queries_find_their_keys(options):
+    for launch in launches("cuda:90", queries=16, **options):
+        assert stray_products(report(compile_launch(launch, "cuda:90")).assembly) == []
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -49,6 +49,13 @@ def test_the_measured_row_for_small_pages_comes_first():
         assert decode.configs(problem(batch, page_size=16), H200)[0] == decode._MEASURED[128][16]
 
 
+def test_tiles_stay_below_a_warpgroup_where_it_may_miss_its_keys():
+    p = problem(64, queries=16)
+    assert decode.configs(p, H200, is_aligned=False)[0].block_m == 32
+    assert decode.configs(p, Device("cuda100", 227 * 1024, 132), is_aligned=False)[0].block_m == 64
+    assert decode.configs(problem(64, d=64, queries=16, cache_dtype=torch.float8_e4m3fn), H200)[0].block_m == 32
+
+
 @pytest.mark.parametrize("batch", [1, 3, 16, 64, 1000])
 @pytest.mark.parametrize("is_batch_invariant", [False, True])
 def test_a_larger_cache_shares_keys_out_alike(batch, is_batch_invariant):

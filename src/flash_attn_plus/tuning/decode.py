@@ -64,11 +64,13 @@ def is_decode(p: AttentionProblem, device: Device) -> bool:
     return is_cache and not p.is_batch_invariant and 2 * p.batch * p.heads * -(-p.seqlen_q // 128) < device.processors
 
 
-def configs(p: AttentionProblem, device: Device) -> list[DecodeConfig]:
+def configs(p: AttentionProblem, device: Device, is_aligned: bool = True) -> list[DecodeConfig]:
     """Configurations of the split kernel, best first; the later ones need less shared memory."""
     rows = min(max(16, power_of_two(p.seqlen_q * (p.heads // p.heads_k))), 64)
     head_dim = max(p.head_dim, p.head_dim_v)
     found = []
+    if device.family == "cuda90" and not _may_multiply_by_warpgroup(p, is_aligned):
+        rows = min(rows, 32)
     if device.family == "interpreter":
         return [_D(rows, 32, 4, 1, 1, 2 if p.dtype.itemsize == 2 else 1)]
     if device.family == "cuda90" and p.dtype.itemsize == 2 and head_dim <= 256:
@@ -79,6 +81,17 @@ def configs(p: AttentionProblem, device: Device) -> list[DecodeConfig]:
             found.append(_D(smaller, block_n, 4, stages, 2))
     fitting = [c for c in found if _bytes(p, c) * c.per_processor <= device.shared_memory]
     return fitting or found[-1:]
+
+
+def _may_multiply_by_warpgroup(p: AttentionProblem, is_aligned: bool) -> bool:
+    """Whether tiles of 64 rows are multiplied rightly: the instructions of Hopper's warpgroups find keys in memory.
+
+    CUDA 12.8's assembler, which Triton 3.6 brings, loses that address in some kernels where keys and values take turns
+    in one place of different layouts: those that do not go there by asynchronous copies.
+    """
+    if p.cache_dtype is not None:  # both layouts are the same from here on
+        return min(p.head_dim, p.head_dim_v) > 64
+    return is_aligned
 
 
 def _measured(p: AttentionProblem, device: Device, rows: int, head_dim: int) -> list[DecodeConfig]:
