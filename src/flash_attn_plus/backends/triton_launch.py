@@ -2,16 +2,15 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton.compiler import CompiledKernel
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flash_attn_plus import device, env
-from flash_attn_plus.backends import triton_blocks, triton_descriptors, triton_replay
-from flash_attn_plus.backends.triton_replay import Replay
+from flash_attn_plus.backends import triton_blocks, triton_descriptors
+from flash_attn_plus.backends.triton_replay import Recorded
 from flash_attn_plus.kernels.features import Features
 from flash_attn_plus.kernels.triton import backward as backward_kernels
 from flash_attn_plus.kernels.triton import forward as forward_kernels
@@ -95,10 +94,10 @@ class ForwardPlan:
 
     def __init__(self, problem: AttentionProblem, inputs: AttentionInputs):
         self._problem = p = problem
+        self._index = p.device.index if p.device.type == "cuda" else None
         self._facts = device.probe(p.device)
         self._features = features(p, inputs)
-        self._replay: Replay | None = None
-        self._descriptors: tuple[TensorDescriptor, ...] = ()  # of k and v in the replay, or of q, too
+        self._recorded = Recorded(p.device)
         packed_k = p.is_varlen_k
         self._strides_qkv = (
             *_row_strides(inputs.q, p.is_varlen_q),
@@ -114,17 +113,15 @@ class ForwardPlan:
 
     def __call__(self, x: AttentionInputs, out: Tensor, lse: Tensor) -> None:
         """Launch on the current stream of the problem's device."""
-        extras = (x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_k, x.leftpad_k, x.block_table, x.alibi_slopes, x.rng_state)
-        tensors = (x.q, x.k, x.v, out, lse, *extras)
-        with _on(self._problem.device):
-            if self._problem.is_varlen_q:
-                out.zero_()  # rows behind the last sequence belong to no program
-            if self._replay is not None and triton_replay.may_replay() and triton_replay.are_aligned(tensors):
-                plain = tensors[: 3 - len(self._descriptors)]
-                described = map(triton_descriptors.like, self._descriptors, tensors[len(plain) : 3])
-                self._replay(*plain, *described, *tensors[3:])
-            else:
-                self._launch(x, tensors, out, lse)
+        if self._index is not None and self._index != torch.cuda.current_device():
+            with torch.cuda.device(self._index):
+                return self(x, out, lse)
+        if self._problem.is_varlen_q:
+            out.zero_()  # rows behind the last sequence belong to no program
+        tensors = (x.q, x.k, x.v, out, lse, *x[6:13])  # lengths, tables, slopes and the state of dropout
+        if not self._recorded.repeats(tensors):
+            self._launch(x, tensors, out, lse)
+        return None
 
     def _launch(self, x: AttentionInputs, tensors: tuple, out: Tensor, lse: Tensor) -> None:
         p, packed_q = self._problem, self._problem.is_varlen_q
@@ -136,15 +133,11 @@ class ForwardPlan:
             F = F._replace(is_ahead=heuristics.is_ahead(p, c))
             q = triton_descriptors.described(x.q, c.block_m) if F.is_ahead else x.q
             grid = (-(-p.seqlen_q // c.block_m) * p.heads * p.batch,)
-            tail = (*strides, *self._numbers, blocks, *self._sizes, c.block_m, c.block_n, F)
-            compiled = forward_kernels.attention_forward_kernel[grid](
-                q, k, v, *tensors[3:], *tail, num_warps=c.num_warps, num_stages=c.num_stages
-            )
-            is_same = p.device.type == "cuda" and blocks is None and isinstance(compiled, CompiledKernel)
-            if triton_replay.IS_PROVEN and is_same and triton_replay.are_aligned(tensors):
-                self._replay = Replay(compiled, grid, tail, p.device)
-                described = [t for t in (q, k, v) if isinstance(t, TensorDescriptor)]
-                self._descriptors = triton_descriptors.forget_tensors(*described)
+            self._recorded.bind(
+                forward_kernels.attention_forward_kernel, grid, (q, k, v, *tensors[3:]),
+                (*strides, *self._numbers, blocks, *self._sizes, c.block_m, c.block_n, F), blocks is None,
+                num_warps=c.num_warps, num_stages=c.num_stages,
+            )  # fmt: skip
 
         key = ("forward", p.device, p.dtype, p.head_dim, p.head_dim_v, x.block_size, self._features)
         configs = triton_descriptors.usable(heuristics.forward(p, self._facts), tensors[:3])
@@ -156,71 +149,110 @@ def forward(problem: AttentionProblem, inputs: AttentionInputs, out: Tensor, lse
     ForwardPlan(problem, inputs)(inputs, out, lse)
 
 
-def backward(
-    problem: AttentionProblem, inputs: AttentionInputs, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
-    dq: Tensor, dk: Tensor, dv: Tensor, delta: Tensor,
-) -> None:  # fmt: skip
-    """Launch delta, then dk and dv, then dq."""
-    p, x = problem, inputs
-    F = features(p, x)
-    packed_q, packed_k = p.is_varlen_q, p.is_varlen_k
-    head_dims = (p.head_dim, p.head_dim_v, padded(p.head_dim), padded(p.head_dim_v))
-    strides_g, statistic_strides = _row_strides(dout, packed_q), _statistic_strides(lse, packed_q)
-    strides = (*_row_strides(x.q, packed_q), *_row_strides(x.k, packed_k), *_row_strides(x.v, packed_k), *strides_g)
-    sizes = (p.seqlen_q, p.seqlen_k, p.heads, p.heads // p.heads_k, p.left, p.right)
-    numbers = (_slope_stride(x.alibi_slopes), *sizes, *_scalars(x))
-    spans = (x.cu_seqlens_q, x.cu_seqlens_k, x.alibi_slopes, x.rng_state)
-    statistics, stride_statistics = _allocate_statistics(p, x.q)
-    facts = device.probe(p.device)
-    key = (p.device, p.dtype, p.head_dim, p.head_dim_v, x.block_size, F)
+class BackwardPlan:
+    """The launches of backward passes that are laid out alike: delta, then dk and dv, then dq."""
 
-    def run_statistics(c: TileConfig) -> None:
-        align = backward_kernels.STATISTICS_ALIGN.value
-        grid = (-(-p.seqlen_q // align) * align // c.block_m * p.heads * p.batch,)
-        backward_kernels.attention_statistics_kernel[grid](
-            out, dout, lse, dlse, delta, statistics, x.cu_seqlens_q, *_row_strides(out, packed_q), *strides_g,
-            *statistic_strides, stride_statistics, p.seqlen_q, p.heads, *head_dims[1::2], c.block_m, F,
-            num_warps=c.num_warps,
-        )  # fmt: skip
+    def __init__(self, problem: AttentionProblem, inputs: AttentionInputs):
+        self._problem = p = problem
+        self._index = p.device.index if p.device.type == "cuda" else None
+        self._features = features(p, inputs)
+        self._rows, number = _statistics_size(p, inputs.q)
+        # torch.empty_like takes half the time of torch.empty; this holds one number
+        self._statistics_like = torch.empty(1, dtype=torch.float32, device=inputs.q.device).expand(number)
+        self._recorded: list[tuple[Recorded, int]] = []  # and which tensors it takes
 
-    def run_dkdv(c: TileConfig) -> None:
-        c, switches, blocks = triton_blocks.prepare(p, x, F, c, is_by_keys=True)
-        (q, g), switches = triton_descriptors.streamed(c, switches, (x.q, dout), c.block_m)
-        passes = ((heuristics.dv_alone(c), False, True), (c, True, False)) if c.is_split else ((c, True, True),)
-        for t, wants_dk, wants_dv in passes:
-            grid = (-(-p.seqlen_k // t.block_n) * p.heads_k * p.batch,)
-            backward_kernels.attention_backward_dkdv_kernel[grid](
-                q, x.k, x.v, g, statistics, dk, dv, *spans, *strides, *_row_strides(dk, packed_k),
-                *_row_strides(dv, packed_k), stride_statistics, *numbers, blocks, *head_dims, t.block_m, t.block_n,
-                switches, wants_dk, wants_dv, num_warps=t.num_warps, num_stages=t.num_stages,
-            )  # fmt: skip
-
-    def run_dq(c: TileConfig) -> None:
-        c, switches, blocks = triton_blocks.prepare(p, x, F, c, is_by_keys=False)
-        (k, v), switches = triton_descriptors.streamed(c, switches, (x.k, x.v), c.block_n)
-        grid = (-(-p.seqlen_q // c.block_m) * p.heads * p.batch,)
-        backward_kernels.attention_backward_dq_kernel[grid](
-            x.q, k, v, dout, lse, delta, dq, *spans, *strides, *_row_strides(dq, packed_q), *statistic_strides,
-            *numbers, blocks, *head_dims, c.block_m, c.block_n, switches, num_warps=c.num_warps,
-            num_stages=c.num_stages,
-        )  # fmt: skip
-
-    with _on(p.device):
-        if packed_q or packed_k:  # rows behind the last sequence belong to no program
+    def __call__(
+        self, x: AttentionInputs, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
+        dq: Tensor, dk: Tensor, dv: Tensor, delta: Tensor,
+    ) -> None:  # fmt: skip
+        """Launch on the current stream of the problem's device."""
+        if self._index is not None and self._index != torch.cuda.current_device():
+            with torch.cuda.device(self._index):
+                return self(x, dout, out, lse, dlse, dq, dk, dv, delta)
+        p, statistics = self._problem, torch.empty_like(self._statistics_like)
+        if p.is_varlen_q or p.is_varlen_k:  # rows behind the last sequence belong to no program
             for gradient in (dq, dk, dv):
                 gradient.zero_()
+        spans = (x.cu_seqlens_q, x.cu_seqlens_k, x.alibi_slopes, x.rng_state)
+        given = (
+            (out, dout, lse, dlse, delta, statistics, x.cu_seqlens_q),
+            (x.q, x.k, x.v, dout, statistics, dk, dv, *spans),
+            (x.q, x.k, x.v, dout, lse, delta, dq, *spans),
+        )
+        if not self._recorded or not all(recorded.repeats(given[i]) for recorded, i in self._recorded):
+            self._launch(x, given)
+        return None
+
+    def _bind(self, i: int, kernel: Any, grid: int, tensors: tuple, tail: tuple, c: TileConfig) -> None:
+        recorded = Recorded(self._problem.device)
+        is_alike = not self._problem.has_block_mask  # whose lists are made for each call
+        recorded.bind(kernel, (grid,), tensors, tail, is_alike, num_warps=c.num_warps, num_stages=c.num_stages)
+        self._recorded.append((recorded, i))
+
+    def _launch(self, x: AttentionInputs, given: tuple[tuple, tuple, tuple]) -> None:
+        p, F = self._problem, self._features
+        packed_q, packed_k = p.is_varlen_q, p.is_varlen_k
+        (out, dout, lse, *_), (*_, dk, dv), dq = given[0], given[1][:7], given[2][6]
+        head_dims = (p.head_dim, p.head_dim_v, padded(p.head_dim), padded(p.head_dim_v))
+        strides_g, statistic_strides = _row_strides(dout, packed_q), _statistic_strides(lse, packed_q)
+        strides = (*_row_strides(x.q, packed_q), *_row_strides(x.k, packed_k), *_row_strides(x.v, packed_k), *strides_g)
+        sizes = (p.seqlen_q, p.seqlen_k, p.heads, p.heads // p.heads_k, p.left, p.right)
+        numbers = (_slope_stride(x.alibi_slopes), *sizes, *_scalars(x))
+        self._recorded = []
+
+        def run_statistics(c: TileConfig) -> None:
+            align = backward_kernels.STATISTICS_ALIGN.value
+            grid = -(-p.seqlen_q // align) * align // c.block_m * p.heads * p.batch
+            tail = (
+                *_row_strides(out, packed_q), *strides_g, *statistic_strides, self._rows, p.seqlen_q, p.heads,
+                *head_dims[1::2], c.block_m, F,
+            )  # fmt: skip
+            self._bind(0, backward_kernels.attention_statistics_kernel, grid, given[0], tail, c)
+
+        def run_dkdv(c: TileConfig) -> None:
+            c, switches, blocks = triton_blocks.prepare(p, x, F, c, is_by_keys=True)
+            (q, g), switches = triton_descriptors.streamed(c, switches, (x.q, dout), c.block_m)
+            passes = ((heuristics.dv_alone(c), False, True), (c, True, False)) if c.is_split else ((c, True, True),)
+            for t, wants_dk, wants_dv in passes:
+                grid = -(-p.seqlen_k // t.block_n) * p.heads_k * p.batch
+                tail = (
+                    *strides, *_row_strides(dk, packed_k), *_row_strides(dv, packed_k), self._rows, *numbers, blocks,
+                    *head_dims, t.block_m, t.block_n, switches, wants_dk, wants_dv,
+                )  # fmt: skip
+                tensors = (q, x.k, x.v, g, *given[1][4:])
+                self._bind(1, backward_kernels.attention_backward_dkdv_kernel, grid, tensors, tail, t)
+
+        def run_dq(c: TileConfig) -> None:
+            c, switches, blocks = triton_blocks.prepare(p, x, F, c, is_by_keys=False)
+            (k, v), switches = triton_descriptors.streamed(c, switches, (x.k, x.v), c.block_n)
+            grid = -(-p.seqlen_q // c.block_m) * p.heads * p.batch
+            tail = (
+                *strides, *_row_strides(dq, packed_q), *statistic_strides, *numbers, blocks, *head_dims, c.block_m,
+                c.block_n, switches,
+            )  # fmt: skip
+            self._bind(2, backward_kernels.attention_backward_dq_kernel, grid, (x.q, k, v, *given[2][3:]), tail, c)
+
+        facts, usable = device.probe(p.device), triton_descriptors.usable
+        key = (p.device, p.dtype, p.head_dim, p.head_dim_v, x.block_size, F)
         run_statistics(heuristics.statistics(p))
-        usable = triton_descriptors.usable
         launch_first_fitting(("dkdv", *key), usable(heuristics.dkdv(p, facts), (x.q, dout)), run_dkdv)
         launch_first_fitting(("dq", *key), usable(heuristics.dq(p, facts), (x.k, x.v)), run_dq)
 
 
-def _allocate_statistics(p: AttentionProblem, q: Tensor) -> tuple[Tensor, int]:
-    """Scratch of the dk/dv kernel and its padded rows a head: 8 bytes for each row of each head."""
+def backward(
+    problem: AttentionProblem, inputs: AttentionInputs, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
+    dq: Tensor, dk: Tensor, dv: Tensor, delta: Tensor,
+) -> None:  # fmt: skip
+    """Launch the three kernels."""
+    BackwardPlan(problem, inputs)(inputs, dout, out, lse, dlse, dq, dk, dv, delta)
+
+
+def _statistics_size(p: AttentionProblem, q: Tensor) -> tuple[int, int]:
+    """Padded rows a head of the dk/dv kernel's scratch, and its numbers: 8 bytes for each row of each head."""
     align = backward_kernels.STATISTICS_ALIGN.value
     heads, rows = (p.heads, q.shape[0] + p.batch * align) if p.is_varlen_q else (p.batch * p.heads, p.seqlen_q)
-    padded = -(-rows // align) * align
-    return torch.empty(heads * padded * 2, dtype=torch.float32, device=q.device), padded
+    padded_rows = -(-rows // align) * align
+    return padded_rows, heads * padded_rows * 2
 
 
 class _Nothing:

@@ -88,6 +88,12 @@ class TritonPortable(Backend):
         """See Backend.forward; one kernel, or two where the keys of a sequence are split."""
         self.plan_forward(problem, inputs)(inputs, out, lse)
 
+    def plan_backward(self, problem, inputs, dout, out, lse, dlse, dq, dk, dv) -> Callable[..., None]:
+        """See Backend.plan_backward: keeps the compiled kernels and their arguments."""
+        from flash_attn_plus.backends import triton_launch
+
+        return triton_launch.BackwardPlan(problem, inputs)
+
     def backward(self, problem, inputs, dout, out, lse, dlse, dq, dk, dv, delta) -> None:
         """See Backend.backward; three kernels, no atomics, so always bitwise repeatable."""
         from flash_attn_plus.backends import triton_launch

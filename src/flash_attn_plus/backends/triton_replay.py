@@ -1,10 +1,15 @@
 """Launch a compiled kernel again without binding and hashing its arguments anew: most of a launch's host time."""
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from flash_attn_plus.backends import triton_descriptors
 
 # The launcher's arguments are not public. These are the versions it was read and run in; others bind every time.
 _PROVEN = ("3.6.",)
@@ -63,3 +68,45 @@ def record(compiled: object, grid: tuple[int, ...], tail: tuple, tensors: tuple,
     if IS_PROVEN and device.type == "cuda" and isinstance(compiled, CompiledKernel) and are_aligned(tensors):
         return Replay(compiled, grid, tail, device)
     return None
+
+
+class Recorded:
+    """A launch that Triton binds the first time; later ones repeat it on other tensors laid out alike."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._replay: Replay | None = None
+        self._descriptors: dict[int, TensorDescriptor] = {}
+        self._count = 0
+
+    def bind(
+        self, kernel: Any, grid: tuple[int, ...], tensors: tuple, tail: tuple, may_repeat: bool = True, **options: int
+    ) -> None:
+        """kernel[grid](*tensors, *tail, **options); descriptors may stand for tensors."""
+        compiled = kernel[grid](*tensors, *tail, **options)
+        self._descriptors = {i: x for i, x in enumerate(tensors) if isinstance(x, TensorDescriptor)}
+        bare = tuple(x.base if i in self._descriptors else x for i, x in enumerate(tensors))
+        self._count = max((i + 1 for i, x in enumerate(tensors) if x is not None), default=0)  # the rest stays None
+        self._descriptors = {i: triton_descriptors.like(x, None) for i, x in self._descriptors.items()}
+        tail = (*tensors[self._count :], *tail)
+        self._replay = record(compiled, grid, tail, bare, self._device) if may_repeat else None
+
+    def repeats(self, tensors: tuple) -> bool:
+        """Launch on these tensors what was bound for others; False where that must be bound anew."""
+        replay = self._replay
+        if replay is None or not may_replay():
+            return False
+        places: list[Any] = []
+        bits = 0
+        for x in tensors[: self._count]:
+            place = None
+            if x is not None:
+                place = x.data_ptr()
+                bits |= place
+            places.append(place)
+        if bits & 15:
+            return False
+        for i, descriptor in self._descriptors.items():
+            places[i] = triton_descriptors.like(descriptor, tensors[i])
+        replay(*places)
+        return True
