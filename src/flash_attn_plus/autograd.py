@@ -33,7 +33,7 @@ def forward(ctx, packing: Packing, tensors, sequences, options, window_size_left
     sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = (alibi_slopes, dropout_p, softmax_scale, softcap)
     """
-    tensors = tuple(ops.rows_last(x) for x in tensors)
+    tensors = tuple(map(ops.rows_last, tensors))
     q, k, v = unpack(packing, tensors)
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = sequences
     alibi_slopes, dropout_p, softmax_scale, softcap = options

@@ -7,6 +7,7 @@ from flash_attn_plus import ops
 from flash_attn_plus.arguments import as_length, as_number, autocast_dtype, resolve_scale, window_bounds
 from flash_attn_plus.autograd import Attention, dropout_state
 from flash_attn_plus.checks import check_arguments
+from flash_attn_plus.dispatch import apply
 from flash_attn_plus.errors import InvalidArgument
 from flash_attn_plus.problem import AttentionProblem, describe
 from flash_attn_plus.selection import Explanation, explain_problem
@@ -15,6 +16,8 @@ from flash_attn_plus.selection import Explanation, explain_problem
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype of the active autocast region; unchanged outside one."""
     try:
+        if tensors[0].is_cuda and not torch.is_autocast_enabled("cuda"):
+            return tensors  # before a device is asked for its type's name, which takes time
         dtype = autocast_dtype(tensors[0].device)
     except AttributeError:
         raise InvalidArgument(
@@ -91,7 +94,7 @@ def attention(
         options = (alibi_slopes, dropout_p, softmax_scale, softcap)
         if k is q or v is q or v is k:
             k, v = separate(k, v)
-        out, lse = Attention.apply(q, k, v, sequences, options, left, right, deterministic)
+        out, lse = apply(Attention, q, k, v, sequences, options, left, right, deterministic)
     else:
         out, lse = ops.forward(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k, block_table,

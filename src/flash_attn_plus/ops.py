@@ -40,14 +40,27 @@ def _lse_shape(q: Tensor, is_varlen: bool) -> tuple[int, ...]:
     return (q.shape[1], q.shape[0]) if is_varlen else (q.shape[0], q.shape[2], q.shape[1])
 
 
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _has_shape_of_q(q: Tensor, v: Tensor) -> bool:
+    """Whether out is laid out as q is."""
+    return q.is_contiguous() and q.shape[-1] == v.shape[-1]
+
+
 def allocate_outputs(q: Tensor, v: Tensor, is_varlen: bool) -> tuple[Tensor, Tensor]:
-    """Contiguous `out` like q with v's head dim, and float32 `lse`: the only place that makes them."""
-    if q.dim() == 4 and not is_varlen and q.dtype != torch.float64 and q.is_contiguous() and q.shape[-1] == v.shape[-1]:
-        b, s, h, _ = q.shape
-        return torch.empty_like(q), torch.empty((b, h, s), dtype=torch.float32, device=q.device)  # half the host time
-    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return out, torch.empty(_lse_shape(q, is_varlen), dtype=lse_dtype, device=q.device)
+    """Contiguous `out` like q with v's head dim, and float32 `lse`: made here, or where plans remember their shapes."""
+    if _has_shape_of_q(q, v):
+        out = torch.empty_like(q)
+    else:
+        out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
+    return out, torch.empty(_lse_shape(q, is_varlen), dtype=_lse_dtype(q), device=q.device)
+
+
+def allocate_alike(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """`allocate_outputs` for plans, of tensors of such shapes: `torch.empty` takes more than twice the time."""
+    return torch.empty_like(out), torch.empty_like(lse)
 
 
 def allocate_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -159,6 +172,13 @@ def _shape_of(x: Tensor | None) -> tuple | None:
     return None if x is None else (x.shape, x.stride(), x.dtype, x.device)
 
 
+def _shapes_of(*tensors: Tensor | None) -> tuple | None:
+    for x in tensors:  # in a fifth of the time where there is none, as in most calls
+        if x is not None:
+            return tuple(map(_shape_of, tensors))
+    return None
+
+
 # Plans of recent calls: validation, description, choice and launch are worked out once for calls that differ in
 # their tensors' contents only. Emptied when full, which a stream of ever new shapes brings about.
 _plans: dict[tuple, Callable[[AttentionInputs], tuple[Tensor, Tensor]]] = {}
@@ -181,7 +201,7 @@ def _forward(
             q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device,
             v.shape, v.stride(), v.dtype, v.device, (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
             max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, window_size_left, window_size_right, softcap, state(),
-            *map(_shape_of, (cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table, alibi_slopes, rng_state)),
+            _shapes_of(cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table, alibi_slopes, rng_state),
         )  # fmt: skip
     except AttributeError:
         refuse_strangers(
@@ -204,11 +224,21 @@ def _forward(
     return plan(inputs)
 
 
-def _plan_allocated(fill: Callable[..., None], is_varlen: bool) -> Callable[[AttentionInputs], tuple[Tensor, Tensor]]:
-    """What allocates (out, lse) and fills them."""
+def _of_shape(shape: tuple[int, ...], dtype: torch.dtype, where: torch.device) -> Tensor:
+    """A tensor of which torch.empty_like makes a contiguous one; it holds one number."""
+    return torch.empty(1, dtype=dtype, device=where).expand(shape)
+
+
+def _plan_allocated(
+    fill: Callable[..., None], x: AttentionInputs, is_varlen: bool
+) -> Callable[[AttentionInputs], tuple[Tensor, Tensor]]:
+    """What allocates (out, lse) as `allocate_outputs` does, and fills them."""
+    q = x.q
+    out_like = None if _has_shape_of_q(q, x.v) else _of_shape((*q.shape[:-1], x.v.shape[-1]), q.dtype, q.device)
+    lse_like = _of_shape(_lse_shape(q, is_varlen), _lse_dtype(q), q.device)
 
     def run(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-        out, lse = allocate_outputs(inputs.q, inputs.v, is_varlen)
+        out, lse = allocate_alike(inputs.q if out_like is None else out_like, lse_like)
         fill(inputs, out, lse)
         return out, lse
 
@@ -233,7 +263,7 @@ def _forward_unplanned(
     backend = choose(problem, inputs)
     plan = backend.plan_outputs(problem, inputs)
     if plan is None:
-        plan = _plan_allocated(backend.plan_forward(problem, inputs), cu_seqlens_q is not None)
+        plan = _plan_allocated(backend.plan_forward(problem, inputs), inputs, cu_seqlens_q is not None)
     results = plan(inputs)
     was_copied = inputs.q is not q or inputs.k is not k or inputs.v is not v
     if not (was_copied or env.debug()):
@@ -291,7 +321,7 @@ def _differentiate(
         (dout.data_ptr() | out.data_ptr()) & 15, grads and tuple((_shape_of(x), x.data_ptr() & 15) for x in grads),
         max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, window_size_left, window_size_right, softcap,
         is_deterministic, state(),
-        *map(_shape_of, (cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table, alibi_slopes, rng_state)),
+        _shapes_of(cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table, alibi_slopes, rng_state),
     )  # fmt: skip
     plan = _backward_plans.get(key)
     if plan is None:

@@ -3,11 +3,11 @@
 For users who check an installation and for authors of backends; nothing in the engine imports this module.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -229,17 +229,20 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
 @contextmanager
 def poisoned_outputs() -> Iterator[None]:
     """Within the block every `out` and `lse` that the engine allocates starts as NaN, so unwritten elements show."""
-    allocate = ops.allocate_outputs
+    makers = ops.allocate_outputs, ops.allocate_alike
 
-    def allocate_poisoned(q: Tensor, v: Tensor, is_varlen: bool) -> tuple[Tensor, Tensor]:
-        out, lse = allocate(q, v, is_varlen)
-        return out.fill_(float("nan")), lse.fill_(float("nan"))
+    def poisoned(maker: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+        def allocate(*arguments: Any) -> tuple[Tensor, Tensor]:
+            out, lse = maker(*arguments)
+            return out.fill_(float("nan")), lse.fill_(float("nan"))
 
-    ops.allocate_outputs = allocate_poisoned
+        return allocate
+
+    ops.allocate_outputs, ops.allocate_alike = poisoned(makers[0]), poisoned(makers[1])
     try:
         yield
     finally:
-        ops.allocate_outputs = allocate
+        ops.allocate_outputs, ops.allocate_alike = makers
 
 
 def _arguments(call: Call) -> tuple[tuple, tuple]:

@@ -137,10 +137,9 @@ def test_layouts_have_other_strides_and_last_stride_one(layout):
 def test_poisoned_outputs_start_as_nan_within_the_block_only():
     q = torch.zeros(1, 2, 1, 4)
     with poisoned_outputs():
-        out, lse = ops.allocate_outputs(q, q, False)
-    assert out.isnan().all()
-    assert lse.isnan().all()
-    assert ops.allocate_outputs.__module__ == "flash_attn_plus.ops"
+        made = *ops.allocate_outputs(q, q, False), *ops.allocate_alike(q, q)
+    assert [bool(x.isnan().all()) for x in made] == [True] * 4
+    assert {f.__module__ for f in (ops.allocate_outputs, ops.allocate_alike)} == {"flash_attn_plus.ops"}
 
 
 def test_rule_allows_twice_the_error_of_eager_and_one_rounding_unit():

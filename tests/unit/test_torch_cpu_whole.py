@@ -41,7 +41,7 @@ def differentiated(case, dtype):
 @pytest.mark.parametrize("name", HANDED_OVER | FILLED)
 def test_results_are_right_and_dense(name, dtype, monkeypatch):
     filled = []
-    for maker in ("allocate_outputs", "allocate_gradients"):
+    for maker in ("allocate_alike", "allocate_gradients"):
         original = getattr(ops, maker)
         monkeypatch.setattr(ops, maker, lambda *a, original=original: filled.append(a) or original(*a))
     call, results = differentiated((HANDED_OVER | FILLED)[name], dtype)

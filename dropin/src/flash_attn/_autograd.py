@@ -80,7 +80,7 @@ def _forward(
 ):  # fmt: skip
     """`attend`, with what the backward pass needs saved on ctx."""
     ctx.refusal = None
-    if not (is_grad_enabled and any(x.requires_grad for x in tensors)):
+    if not (is_grad_enabled and (tensors[0].requires_grad or any(x.requires_grad for x in tensors))):
         ctx.refusal = "this call was made with is_grad_enabled=False and saved nothing for a backward pass"
     elif block_table is not None:
         ctx.refusal = "block_table has no backward; gather the pages into packed k and v for training"

@@ -34,6 +34,7 @@ from flash_attn._ops import (
 )
 from flash_attn._softmax_dump import _get_block_size_n, round_multiple
 from flash_attn_plus.arguments import as_integer, as_number, autocast_dtype, resolve_scale, window_bounds
+from flash_attn_plus.dispatch import apply
 from flash_attn_plus.functional import autocast, separate
 from flash_attn_plus.kvcache import lengths_of
 
@@ -115,8 +116,8 @@ def flash_attn_func(
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         if k is q or v is q or v is k:
             k, v = separate(k, v)
-        return FlashAttnFunc.apply(
-            q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return apply(
+            FlashAttnFunc, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
             return_attn_probs, True,
         )  # fmt: skip
     return attend(
@@ -212,9 +213,10 @@ def flash_attn_varlen_func(
             k, v = separate(k, v)
         if cu_seqlens_k is cu_seqlens_q:
             (cu_seqlens_k,) = separate(cu_seqlens_k)
-        return FlashAttnVarlenFunc.apply(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
-            window_size, softcap, alibi_slopes, deterministic, return_attn_probs, block_table, True,
+        return apply(
+            FlashAttnVarlenFunc, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+            softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs, block_table,
+            True,
         )  # fmt: skip
     return attend(
         "q_k_v", (q, k, v), (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), dropout_p, softmax_scale, causal,
