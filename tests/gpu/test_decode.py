@@ -5,6 +5,8 @@ import torch
 
 from flash_attn_plus import attention_with_kvcache
 from flash_attn_plus.backends import triton_counters
+from flash_attn_plus.reference import attention_reference
+from flash_attn_plus.testing import assert_close
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -117,3 +119,31 @@ def test_a_sequence_does_not_see_the_batch_when_asked(cache_dtype, monkeypatch):
     for few in (slice(3, 4), slice(0, 100)):
         some = attention_with_kvcache(q[few], k[few], v[few], cache_seqlens=lengths[few])
         assert torch.equal(some, everyone[few])
+
+
+@pytest.mark.parametrize(
+    ("d", "dv", "cache_dtype", "start"),
+    [
+        (33, 1, torch.float16, 0),
+        (64, 16, torch.float16, 1),
+        (64, 64, torch.float8_e4m3fn, 0),
+        (128, 64, torch.float8_e4m3fn, 0),
+    ],
+    ids=str,
+)
+def test_many_queries_find_keys_that_are_not_copied_asynchronously(d, dv, cache_dtype, start):
+    """With those of 4 heads they are the rows of a warpgroup, whose products would read elsewhere."""
+    generator = torch.Generator().manual_seed(5)
+    draw = lambda *shape: torch.randn(shape, generator=generator).half()  # noqa: E731
+    q, lengths = draw(2, 16, 8, d), torch.tensor([96, 31], dtype=torch.int32)
+    k, v = (draw(2 * 96 * 2 * n + start)[start:].view(2, 96, 2, n).to(cache_dtype) for n in (d, dv))
+    caches = [torch.empty(x.numel() + start, dtype=cache_dtype, device="cuda")[start:].view(x.shape) for x in (k, v)]
+    for cache, x in zip(caches, (k, v), strict=True):
+        cache.copy_(x)
+    results = attention_with_kvcache(q.cuda(), *caches, cache_seqlens=lengths.cuda(), causal=True, return_lse=True)
+    exact, eager = (
+        attention_reference(q, k.half(), v.half(), right=0, seqused_k=lengths, dtype=dtype, is_two_pass=is_two_pass)
+        for dtype, is_two_pass in ((torch.float64, False), (torch.float16, True))
+    )
+    for name, x, *expected in zip(("out", "lse"), results, exact, eager, strict=False):
+        assert_close(name, x.cpu(), *expected)
