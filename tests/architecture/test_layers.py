@@ -23,7 +23,7 @@ LAYERS = (
 )
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 FACE = "__init__"
-KERNEL_LIBRARIES = {"flash_attn_plus.kernels", "triton", "typing", "collections"}
+KERNEL_LIBRARIES = {"flash_attn_plus.kernels", "triton", "typing", "collections", "sys", "types"}
 MAY_IMPORT_TRITON = ("kernels/", "backends/triton_", "backends/gluon_")
 ENGINE_FILES = python_files(ENGINE)
 FUSED_FACE = "flash_attn_plus.fused.rotary"  # what flash_attention may know of the engine beside its names
