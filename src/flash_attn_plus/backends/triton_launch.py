@@ -61,6 +61,17 @@ def _slope_stride(slopes: Tensor | None) -> int:
     return slopes.stride(0) if slopes is not None and slopes.ndim == 2 else 0
 
 
+def _widths(p: AttentionProblem, x: AttentionInputs, family: str) -> tuple[int, int]:
+    """Columns of the tiles of keys and of values.
+
+    They are equal where Hopper copies neither asynchronously: tiles that take turns in one place, each in a layout of
+    its own, are products of wrong addresses there with CUDA 12.8's assembler, which Triton 3.6 brings.
+    """
+    widths = padded(p.head_dim), padded(p.head_dim_v)
+    is_copied = all(t.data_ptr() & 15 == 0 and not any(n & 15 for n in t.stride()[:-1]) for t in (x.k, x.v))
+    return widths if is_copied or family != "cuda90" else (max(widths), max(widths))
+
+
 _fitting: dict[tuple, TileConfig] = {}
 # What says that tiles do not fit; some assemblers break off over some tiles that others take.
 _UNFIT = (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError)
@@ -109,7 +120,7 @@ class ForwardPlan:
             table_stride, _slope_stride(inputs.alibi_slopes), p.seqlen_q, p.seqlen_k, p.heads, p.heads // p.heads_k,
             p.left, p.right, p.page_size, *_scalars(inputs),
         )  # fmt: skip
-        self._sizes = (p.head_dim, p.head_dim_v, padded(p.head_dim), padded(p.head_dim_v))
+        self._sizes = (p.head_dim, p.head_dim_v, *_widths(p, inputs, self._facts.family))
 
     def __call__(self, x: AttentionInputs, out: Tensor, lse: Tensor) -> None:
         """Launch on the current stream of the problem's device."""
