@@ -50,10 +50,13 @@ def _consumer(dq_desc, lse_ptr, delta_ptr, lse_rows, queries, do_tiles, keys, va
         delta = gl.expand_dims(gl.load(delta_ptr + at, mask=rows < band.len_q, other=0.0), 1)
         dq = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, dq_layout)
         slot = queries.slot(done, WG, CONSUMERS)
-        q = queries.tiles.index(slot)
-        do = do_tiles.index(slot)
         mbarrier.wait(queries.full.index(slot), queries.phase(done, WG, CONSUMERS))
         for block in range(first, end):
+            tile = slot
+            if BLOCK_D > 128:  # 0 in a form that the loop computes: the descriptors of wide tiles spill outside it
+                tile += n >> 31
+            q = queries.tiles.index(tile)
+            do = do_tiles.index(tile)
             keys.wait(n)
             s = warpgroup_mma(q, keys.tile(n).permute((1, 0)), no_scores, use_acc=False, is_async=True)
             values.wait(n)
@@ -75,6 +78,7 @@ def _consumer(dq_desc, lse_ptr, delta_ptr, lse_rows, queries, do_tiles, keys, va
             n += 1
         done += 1
         following = work.receive(mailbox, done)
+        q = queries.tiles.index(slot)
         q.store((dq * scale).to(dtype))  # the tile of queries is spent: its memory carries the gradient
         fence_async_shared()
         store_tile(dq_desc, batch, q_start, band.len_q, head, row0, q)
