@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from flash_attn_plus import InvalidArgument, attention_with_kvcache, cache_append, device, ops, selection
+from flash_attn_plus import InvalidArgument, attention_with_kvcache, cache_append, device, kvcache, ops, selection
 from flash_attn_plus.backends.triton_portable import is_interpreted
 from flash_attn_plus.cli import ahead, warmup, words
 from flash_attn_plus.cli.cache_samples import AppendSample
@@ -85,16 +85,27 @@ def test_shapes_without_contents_ask_for_the_kernels_that_real_tensors_ask_for(n
 def test_appends_ask_for_the_kernel_that_real_tensors_ask_for(name, is_rotary, monkeypatch):
     case, target, found = LOOKED_UP[name]._replace(right=0), ahead.known_target("cuda:80"), set()
     planned = ahead.plan(target, [AppendSample(case, torch.float16, is_rotary)])
-    x = make_inputs(case, torch.float16).inputs
-    new = torch.randn(2, 1, case.heads_k, 32, dtype=torch.float16)
+    call = make_inputs(case, torch.float16)
+    x = call.inputs
+    new = torch.randn(2, 17, case.heads_k, 32, dtype=torch.float16)
     angles = {"rotary_cos": torch.randn(48, 16).half(), "rotary_sin": torch.randn(48, 16).half()} if is_rotary else {}
     table = None if x.block_table is None else x.block_table.int()
     lengths = torch.tensor([3, 5], dtype=torch.int32)
-    monkeypatch.setattr(cache_append, "uses_triton", lambda _: True)
-    # Nobody fills the lengths after the append, so nothing can be attended.
-    monkeypatch.setattr(ops, "plan_forward", lambda *_: lambda *_: None)
-    with ahead.only_compiling(target, lambda *kernel: bool(found.add(kernel))):
-        attention_with_kvcache(x.q, x.k, x.v, new, new, cache_seqlens=lengths, block_table=table, causal=True, **angles)
+    for module in (cache_append, kvcache):
+        monkeypatch.setattr(module, "uses_triton", lambda _: True)
+
+    def attend(k):
+        attention_with_kvcache(x.q, x.k, x.v, k, k, cache_seqlens=lengths, block_table=table, causal=True, **angles)
+
+    cpu = torch.device("cpu")
+    with ahead.only_compiling(target, lambda *kernel: bool(found.add(kernel))), device.assumed(cpu, target.facts):
+        if not is_rotary:  # the kernel that attends appends a key itself
+            attending = selection.get("triton").plan_forward(call.problem(), x)
+            monkeypatch.setattr(ops, "plan_forward", lambda *_: attending)
+            attend(new[:, :1])
+        # Nobody fills the lengths after the append, so nothing can be attended.
+        monkeypatch.setattr(ops, "plan_forward", lambda *_: lambda *_: None)
+        attend(new)
     assert found == {(job.kernel, job.key) for job in planned}
 
 

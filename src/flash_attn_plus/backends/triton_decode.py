@@ -118,7 +118,7 @@ class SplitPlan:
             *launch._scalars(x)[:3], s.number, self._tiles_m,
             p.head_dim, p.head_dim_v, padded(p.head_dim), padded(p.head_dim_v), c.block_m, c.block_n, self._rows,
             s.least_tiles, s.launched > 1, self._tiles_m > 1, 0 if is_whole else p.page_size, x.k_descale is not None,
-            self.most_new, self._features, c.shares, rows, step, self._arch,
+            self.most_new if new else 0, self._features, c.shares, rows, step, self._arch,
         )  # fmt: skip
         options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
         compiled = kernels.attention_split_kernel[self._grid](*tensors, *tail, **options)
