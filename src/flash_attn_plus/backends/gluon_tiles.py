@@ -77,15 +77,15 @@ class Launch:
 
     def __init__(self, kernel: Any, where: torch.device, grid: int, key: tuple, constants: dict[str, Any]):
         self._kernel, self._where, self._grid, self._constants = kernel, where, (grid, 1, 1), constants
+        self._index = where.index if where.type == "cuda" else None
         self._values = tuple(constants.values())
         self._key = (kernel, where, *key, *self._values)
         self._replay: triton_replay.Replay | None = None
 
     def __call__(self, *arguments: Any) -> None:
         """Launch on the current stream of the tensors' device."""
-        where = self._where
-        if where.type == "cuda" and where.index != torch.cuda.current_device():
-            with torch.cuda.device(where):
+        if self._index is not None and self._index != torch.cuda.current_device():
+            with torch.cuda.device(self._index):
                 return self(*arguments)
         if self._replay is None:
             known = _compiled.get(self._key)
@@ -93,8 +93,8 @@ class Launch:
                 checked = [x.checked() if isinstance(x, Tiles) else x for x in arguments]
                 _compiled[self._key] = self._kernel[self._grid](*checked, **self._constants, num_warps=4)
                 return None
-            if triton_replay.IS_PROVEN and where.type == "cuda":
-                self._replay = triton_replay.Replay(known, self._grid, self._values, where)
+            if triton_replay.IS_PROVEN and self._index is not None:
+                self._replay = triton_replay.Replay(known, self._grid, self._values, self._where)
         if self._replay is not None and triton_replay.may_replay():
             # a launch takes addresses in half the time of tensors
             self._replay(*[x.data_ptr() if type(x) is Tensor else x for x in arguments])
@@ -108,12 +108,15 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 def counter(where: torch.device) -> Tensor:
     """A zero that the kernel leaves zero: one for each stream, whose launches do not overlap; a graph owns its own."""
-    if where.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=where)
-    stream = torch._C._cuda_getCurrentRawStream(where.index) if where.type == "cuda" else 0
-    if (where, stream) not in _counters:
-        _counters[where, stream] = torch.zeros(1, dtype=torch.int32, device=where)
-    return _counters[where, stream]
+    stream = 0
+    if where.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(1, dtype=torch.int32, device=where)
+        stream = torch._C._cuda_getCurrentRawStream(where.index)
+    known = _counters.get((where, stream))
+    if known is None:
+        known = _counters[where, stream] = torch.zeros(1, dtype=torch.int32, device=where)
+    return known
 
 
 def chunk_of(heads: int, bytes_a_head: int, has_right: bool, most_bytes: int) -> int:

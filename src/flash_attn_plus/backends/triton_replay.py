@@ -1,10 +1,11 @@
 """Launch a compiled kernel again without binding and hashing its arguments anew: most of a launch's host time."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -23,25 +24,63 @@ def _has_hooks() -> bool:
     )
 
 
+# Of a descriptor: its place among the arguments, what makes arguments of it, and those made, by address.
+_Described = tuple[int, Callable[[Any], list], dict[int, list]]
+_MOST_MADE = 64  # of each; then they are made anew
+
+
 class Replay:
-    """One compiled kernel, its grid and the arguments behind its tensors."""
+    """One compiled kernel, its grid and the arguments behind its tensors.
+
+    A descriptor becomes what the copy engine reads, and that is kept for each address: memory comes and goes at few,
+    and making it takes longer than all else.
+    """
 
     def __init__(self, compiled: CompiledKernel, grid: tuple[int, ...], tail: tuple, device: torch.device):
         run = compiled.run
         between: tuple = ()
-        self._launch = run
+        self._launch: Any = run
+        self._described: list[_Described] = []
         if not (run.global_scratch_size or run.profile_scratch_size):  # then the wrapper has nothing to do
-            self._launch = run.launch
+            self._launch, self._described = _bare(run.launch)
             between = (run.launch_cooperative_grid, run.launch_pdl, None, None)
         self._middle = (compiled.function, *between, compiled.packed_metadata, None, None, None)
         self._grid = (*grid, 1, 1)[:3]
         self._tail = tail
         self._device = device.index
 
-    def __call__(self, *tensors: Tensor | int | None) -> None:
-        """Launch on the current stream; every tensor, or address, must be as aligned as when it was compiled."""
+    def __call__(self, *tensors: Any) -> None:
+        """Launch on the current stream.
+
+        Tensors, addresses or descriptors must be as aligned and laid out as those that it was compiled for.
+        """
+        arguments = list(tensors)
+        for i, make, made in self._described:  # from the last one, since each takes several places
+            x = tensors[i]
+            address = x.base.data_ptr()
+            if address not in made:
+                if len(made) >= _MOST_MADE:
+                    made.clear()
+                made[address] = make(x)
+            arguments[i : i + 1] = made[address]
         stream = torch._C._cuda_getCurrentRawStream(self._device)
-        self._launch(*self._grid, stream, *self._middle, *tensors, *self._tail)
+        self._launch(*self._grid, stream, *self._middle, *arguments, *self._tail)
+
+
+def _bare(launch: Any) -> tuple[Any, list[_Described]]:
+    """The launcher in Triton's wrapper that makes anew, at every launch, what the copy engine reads of descriptors, and
+    the descriptors from the last one on. Without such a wrapper the launcher as it is.
+    """
+    names = launch.__code__.co_freevars if hasattr(launch, "__code__") else ()
+    if set(names) != {"launcher", "tensordesc_indices", "tensordesc_meta"}:
+        return launch, []
+    held = {name: cell.cell_contents for name, cell in zip(names, launch.__closure__, strict=True)}
+    make, facts = launch.__globals__["make_tensordesc_arg"], held["tensordesc_meta"]
+    if None in facts:
+        return launch, []
+    places = sorted(held["tensordesc_indices"])
+    described: list[_Described] = [(i, partial(make, metadata=fact), {}) for i, fact in zip(places, facts, strict=True)]
+    return held["launcher"], described[::-1]
 
 
 def addresses(tensors: tuple) -> list[int | None]:
