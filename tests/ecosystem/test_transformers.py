@@ -1,5 +1,8 @@
 """transformers' decoders with attn_implementation="flash_attention_2" against its eager attention."""
 
+import importlib
+import inspect
+
 import pytest
 import torch
 from language_models import DECODERS, FLOAT32_DECODERS, MAJOR, VOCABULARY, admit_cpu, decoder, transformers
@@ -192,6 +195,9 @@ def test_autocast(device):
 @pytest.mark.skipif(MAJOR < 5, reason="transformers 4 batches continuously on a GPU only")
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_continuous_batching(name, device):
+    paged = importlib.import_module("transformers.integrations.flash_paged").paged_attention_forward
+    if name == "mistral" and "sliding_window" not in inspect.signature(paged).parameters:
+        pytest.skip("this version looks for the window where Mistral's layers have none")
     trio = decoder(name, device=device)
     prompts = [tokens(n).tolist() for n in LENGTHS]
     config = transformers.GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
