@@ -11,7 +11,7 @@ from flash_attn_plus.kernels.gluon import backward as backward_kernels
 from flash_attn_plus.kernels.gluon import backward_dq as dq_kernels
 from flash_attn_plus.kernels.gluon import backward_ends as ends_kernels
 from flash_attn_plus.kernels.gluon import backward_wide as wide_kernels
-from flash_attn_plus.kernels.gluon.backward_work import SIDE
+from flash_attn_plus.kernels.gluon.backward_work import HELD_COLS, HELD_ROWS
 from flash_attn_plus.problem import AttentionInputs, AttentionProblem
 from flash_attn_plus.tuning import hopper
 
@@ -102,9 +102,9 @@ def _walk_queries(c: _Sizes, x: AttentionInputs, dout: Tensor, dk: Tensor, dv: T
         (dout, tile.block_m, c.width), (dk, QUERIES, c.width), (dv, QUERIES, c.width),
     )  # fmt: skip
     rows = Tiles(None, [2, c.lines, c.rows], [c.lines * c.rows, c.rows, 1], (1, tile.block_m))
-    sums = torch.empty((c.lines, c.rows, p.head_dim), device="meta")
-    by_row = sums.view(-1, p.heads, c.rows, p.head_dim).transpose(1, 2)
-    (added,) = _boxes((by_row, SIDE.value, SIDE.value))
+    sums = torch.empty((c.lines * c.rows * c.width,), device="meta")
+    held = sums.view(-1, p.heads, c.rows * c.width // HELD_COLS.value, HELD_COLS.value).transpose(1, 2)
+    (added,) = _boxes((held, HELD_ROWS.value, HELD_COLS.value))
     numbers = (
         p.batch, p.heads, c.group, chunk, p.seqlen_q, p.seqlen_k, p.left, p.right, *score_numbers(p, x),
         x.softmax_scale,
@@ -184,7 +184,7 @@ class BackwardPlan:
     ):
         c = _Sizes(problem, inputs)
         self._statistics = c.scratch(2)
-        self._accumulator = None if c.is_split else c.scratch(problem.head_dim)
+        self._accumulator = None if c.is_split else c.scratch(c.width)
         self._prepare = _prepare(c, out, dout, lse, dlse is not None)
         self._walk_queries = _walk_queries(c, inputs, dout, dk, dv)
         if c.is_split:

@@ -18,7 +18,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flash_attn_plus.kernels.gluon.backward_work import DQ_FULL, SIDE, Shared, Work, dq_writer, producer
+from flash_attn_plus.kernels.gluon.backward_work import (
+    DQ_FULL,
+    HELD_COLS,
+    HELD_ROWS,
+    SIDE,
+    Shared,
+    Work,
+    dq_writer,
+    producer,
+)
 from flash_attn_plus.kernels.gluon.hopper import (
     named_arrive,
     named_sync,
@@ -36,6 +45,13 @@ _RINGS = gl.constexpr(7)
 # Queries whose weights a warpgroup holds at a time: more would spill. Products are those of a whole tile, since halves
 # read more shared memory, of which a step is short already: with them 8,192 queries took 14 % longer.
 PART = gl.constexpr(64)
+
+
+@gluon.jit
+def as_held(dq):
+    """A tile of dq in the order of registers, which moves none: (warp, 8 columns, lane, half of 16 rows, 2 columns)."""
+    x = dq.reshape([4, 2, 4, 2, 8, 4, 2]).permute((0, 4, 2, 3, 5, 1, 6))
+    return x.reshape([HELD_ROWS, HELD_COLS])
 
 
 @gluon.jit
@@ -122,7 +138,7 @@ def _step(i, is_masked, row0, diagonal, slope, dk, dv, shared, limits, band, rul
     if HAS_DQ:
         dq, dv = warpgroup_mma_wait(1, deps=(dq, dv))
         shared.gradients.release(i)
-        shared.dq_tiles.index(WG).store(dq)
+        shared.dq_tiles.index(WG).store(as_held(dq))
         fence_async_shared()
         named_arrive(DQ_FULL + WG, 160)
     else:
@@ -201,7 +217,7 @@ def attention_backward_kernel(
 ):  # fmt: skip
     """dk, dv and, with `dq_desc`, the unscaled float32 dq accumulator from q, k, v, dout and the rows' statistics.
 
-    Boxes hold BLOCK_N keys or BLOCK_M rows by the padded head dim (dk, dv: 64 keys; dq: SIDE x SIDE), `stat_desc`
+    Boxes hold BLOCK_N keys or BLOCK_M rows by the padded head dim (dk, dv: 64 keys; dq: a tile as held), `stat_desc`
     BLOCK_M of the rows' log2 LSE (0) or delta (1). HAS_EDGE: a tile of keys may reach beyond its sequence.
     `counter_ptr` is a zero, and is one again at the end, or None for tiles of equal work.
     """
@@ -213,7 +229,7 @@ def attention_backward_kernel(
     HAS_DQ: gl.constexpr = dq_desc is not None
     HAS_MASK: gl.constexpr = HAS_LEFT or HAS_RIGHT or HAS_EDGE
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], dtype)
-    dq_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, SIDE], gl.float32)
+    dq_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HELD_ROWS, HELD_COLS], gl.float32)
     keys = new_ring(dtype, 1, BLOCK_N, BLOCK_D, _RINGS, 2)
     values = new_ring(dtype, 1, BLOCK_N, BLOCK_D, _RINGS + 1, 2)
     queries = new_ring(dtype, STAGES, BLOCK_M, BLOCK_D, _RINGS + 2, 2)
@@ -221,7 +237,7 @@ def attention_backward_kernel(
     lses = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, BLOCK_M], stat_desc.layout)
     deltas = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, BLOCK_M], stat_desc.layout)
     ds_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_M], ds_layout)
-    dq_tiles = gl.allocate_shared_memory(gl.float32, [2, SIDE, SIDE], dq_layout)
+    dq_tiles = gl.allocate_shared_memory(gl.float32, [2, HELD_ROWS, HELD_COLS], dq_layout)
     dq_empty = new_barriers(2, 1)
     mailbox = new_mailbox(7, 3 if HAS_DQ else 2)
     fence_async_shared()

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+SIDE: tl.constexpr = tl.constexpr(64)  # of a tile of dq
 
 
 @triton.jit
@@ -53,7 +54,7 @@ def attention_prepare_kernel(
 ):  # fmt: skip
     """delta = rowsum(out * dout) - dlse, statistics (log2 LSE, delta) for the main kernel, accumulator = 0.
 
-    Statistics are (2, lines, padded_rows), the accumulator (lines, padded_rows, HEAD_DIM), where a line is a head, of
+    Statistics are (2, lines, padded_rows), the accumulator (lines, padded_rows, BLOCK_D), where a line is a head, of
     a batch unless rows are packed. Rows beyond a sequence get an LSE of +inf, so their weights are 0.
     """
     batch, head, row0, start, length, padded = _rows(cu_q_ptr, len_q, heads, ROWS, ALIGN)
@@ -77,7 +78,7 @@ def attention_prepare_kernel(
     tl.store(statistics_ptr + lines.to(tl.int64) * _aligned(padded_rows) + slot, delta)
     if accumulator_ptr is not None:
         zero = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        tl.store(accumulator_ptr + slot[:, None] * HEAD_DIM + dims, zero, is_dim)
+        tl.store(accumulator_ptr + slot[:, None] * BLOCK_D + dims, zero)
 
 
 @triton.jit(
@@ -88,15 +89,19 @@ def attention_round_dq_kernel(
     accumulator_ptr, dq_ptr, cu_q_ptr, stride_b, stride_s, stride_h, padded_rows, len_q, heads, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """dq = accumulator * scale, in dq's precision and strides."""
+    """dq = accumulator * scale, in dq's precision and strides; tiles of 64 x 64 in the order of registers."""
     batch, head, row0, start, length, padded = _rows(cu_q_ptr, len_q, heads, ROWS, ALIGN)
     if row0 >= length:
         return
     rows, dims = row0 + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)[None, :]
     line = head if cu_q_ptr is not None else batch * heads + head
-    slot = (line.to(tl.int64) * _aligned(padded_rows) + padded + rows)[:, None]
+    slot = line.to(tl.int64) * _aligned(padded_rows) + padded + row0 // SIDE * SIDE
     inside = (rows < length)[:, None] & (dims < HEAD_DIM)
-    dq = tl.load(accumulator_ptr + slot * HEAD_DIM + dims, inside, 0.0) * scale
+    held = tl.arange(0, ROWS * BLOCK_D)
+    held = held // (ROWS * SIDE) * (SIDE * SIDE) + held % (ROWS * SIDE) + row0 % SIDE * SIDE
+    dq = tl.load(accumulator_ptr + slot * BLOCK_D + held) * scale
+    dq = tl.reshape(dq, [BLOCK_D // SIDE, ROWS // 16, 8, 4, 2, 4, 2, 2])  # the reverse of `as_held`
+    dq = tl.reshape(tl.permute(dq, (1, 6, 3, 4, 0, 2, 5, 7)), [ROWS, BLOCK_D])
     at = (start + rows).to(tl.int64)[:, None]
     base = _row(dq_ptr, batch, head, stride_b, stride_h)
     tl.store(base + at * _even(stride_s) + dims, dq.to(dq_ptr.dtype.element_ty), inside)

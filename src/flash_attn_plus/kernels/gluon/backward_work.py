@@ -9,6 +9,10 @@ from flash_attn_plus.kernels.gluon.hopper import Ring, add_out, copy_in, load_ti
 from flash_attn_plus.kernels.gluon.tiles import Mailbox, draw, place
 
 SIDE = gl.constexpr(64)  # rows and columns of a tile of dq, of which a consumer makes one a step
+# The same in shared memory and in the accumulator, in the order in which a warpgroup's registers hold it (`as_held`):
+# by stores of 16 bytes without bank conflicts instead of 8 bytes with them, which gained 5 to 8 %, head dim 64 1 to 7.
+HELD_ROWS = gl.constexpr(128)
+HELD_COLS = gl.constexpr(32)
 DQ_FULL = gl.constexpr(5)  # ids of hardware barriers between a consumer and the writer of dq; one each
 
 
@@ -175,7 +179,8 @@ def producer(q_desc, k_desc, v_desc, do_desc, stat_desc, shared, work, counter_p
 @gluon.jit
 def dq_writer(dq_desc, shared, work):
     """One warp: add the consumers' parts of dq to the accumulator."""
-    IS_BY_ROWS: gl.constexpr = work.BLOCK_M > SIDE  # the consumers' tiles lie below each other, else side by side
+    # the consumers' tiles follow each other, be they below each other or side by side
+    HELD_A_ROW: gl.constexpr = 2 * HELD_ROWS // work.BLOCK_M
     done = 0
     t = work.receive(shared.mailbox, 0)
     while t.batch >= 0:
@@ -185,9 +190,8 @@ def dq_writer(dq_desc, shared, work):
             at_batch, at_head, at_row = t.padded_row(head, tile * work.BLOCK_M)
             for w in gl.static_range(2):
                 named_sync(DQ_FULL + w, 160)
-                row, col = (w * SIDE, 0) if IS_BY_ROWS else (0, w * SIDE)
-                source = shared.dq_tiles.index(w).reshape([1, 1, SIDE, SIDE])
-                add_out(dq_desc, [at_batch, at_head, at_row + row, col], source)
+                source = shared.dq_tiles.index(w).reshape([1, 1, HELD_ROWS, HELD_COLS])
+                add_out(dq_desc, [at_batch, at_head, at_row * HELD_A_ROW + w * HELD_ROWS, 0], source)
             for w in gl.static_range(2):
                 tma.store_wait(1 - w)
                 mbarrier.arrive(shared.dq_empty.index(w), count=1)
