@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from flash_attn_plus import device
 from flash_attn_plus.backends import triton_launch, triton_replay
@@ -47,11 +48,13 @@ class Kernel:
     """Stands for a kernel; notes the launches that bind arguments."""
 
     def __init__(self):
-        self.bound, self.compiled = [], Compiled()
+        self.bound, self.compiled, self.fails_at = [], Compiled(), None
 
     def __getitem__(self, grid):
         def launch(*arguments, **options):
             self.bound.append((grid, arguments))
+            if len(self.bound) == self.fails_at:
+                raise OutOfResources(2, 1, "shared memory")
             return self.compiled
 
         return launch
@@ -130,6 +133,17 @@ def test_later_launches_pass_what_the_first_ones_did(kernels, kind, is_backward)
     assert later == [([], first), ([], first)]
     del x, outputs, then, given, every
     assert [t for t in watched if t() is not None] == []
+
+
+def test_tiles_that_do_not_fit_are_not_launched_again(kernels):
+    kernels[2].fails_at = 2  # the second of two passes
+    x, _, then = tensors(**KINDS["split"])
+    plan = plan_of(x, KINDS["split"]["length"], then)
+    plan(x, *then)
+    bound, _ = heard(kernels, {})
+    assert len(bound) == 6
+    plan(x, *then)
+    assert heard(kernels, {}) == ([], [bound[0], *bound[3:]])
 
 
 @pytest.mark.parametrize("is_backward", [False, True], ids=["forward", "backward"])

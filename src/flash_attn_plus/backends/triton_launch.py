@@ -194,11 +194,11 @@ class BackwardPlan:
             self._launch(x, given)
         return None
 
-    def _bind(self, i: int, kernel: Any, grid: int, tensors: tuple, tail: tuple, c: TileConfig) -> None:
+    def _bind(self, kernel: Any, grid: int, tensors: tuple, tail: tuple, c: TileConfig) -> Recorded:
         recorded = Recorded(self._problem.device)
         is_alike = not self._problem.has_block_mask  # whose lists are made for each call
         recorded.bind(kernel, (grid,), tensors, tail, is_alike, num_warps=c.num_warps, num_stages=c.num_stages)
-        self._recorded.append((recorded, i))
+        return recorded
 
     def _launch(self, x: AttentionInputs, given: tuple[tuple, tuple, tuple]) -> None:
         p, F = self._problem, self._features
@@ -209,7 +209,7 @@ class BackwardPlan:
         strides = (*_row_strides(x.q, packed_q), *_row_strides(x.k, packed_k), *_row_strides(x.v, packed_k), *strides_g)
         sizes = (p.seqlen_q, p.seqlen_k, p.heads, p.heads // p.heads_k, p.left, p.right)
         numbers = (_slope_stride(x.alibi_slopes), *sizes, *_scalars(x))
-        self._recorded = []
+        made: dict[int, list[Recorded]] = {}  # tiles that do not fit leave none behind
 
         def run_statistics(c: TileConfig) -> None:
             align = backward_kernels.STATISTICS_ALIGN.value
@@ -218,12 +218,13 @@ class BackwardPlan:
                 *_row_strides(out, packed_q), *strides_g, *statistic_strides, self._rows, p.seqlen_q, p.heads,
                 *head_dims[1::2], c.block_m, F,
             )  # fmt: skip
-            self._bind(0, backward_kernels.attention_statistics_kernel, grid, given[0], tail, c)
+            made[0] = [self._bind(backward_kernels.attention_statistics_kernel, grid, given[0], tail, c)]
 
         def run_dkdv(c: TileConfig) -> None:
             c, switches, blocks = triton_blocks.prepare(p, x, F, c, is_by_keys=True)
             (q, g), switches = triton_descriptors.streamed(c, switches, (x.q, dout), c.block_m)
             passes = ((heuristics.dv_alone(c), False, True), (c, True, False)) if c.is_split else ((c, True, True),)
+            bound = []
             for t, wants_dk, wants_dv in passes:
                 grid = -(-p.seqlen_k // t.block_n) * p.heads_k * p.batch
                 tail = (
@@ -231,7 +232,8 @@ class BackwardPlan:
                     *head_dims, t.block_m, t.block_n, switches, wants_dk, wants_dv,
                 )  # fmt: skip
                 tensors = (q, x.k, x.v, g, *given[1][4:])
-                self._bind(1, backward_kernels.attention_backward_dkdv_kernel, grid, tensors, tail, t)
+                bound.append(self._bind(backward_kernels.attention_backward_dkdv_kernel, grid, tensors, tail, t))
+            made[1] = bound
 
         def run_dq(c: TileConfig) -> None:
             c, switches, blocks = triton_blocks.prepare(p, x, F, c, is_by_keys=False)
@@ -241,13 +243,15 @@ class BackwardPlan:
                 *strides, *_row_strides(dq, packed_q), *statistic_strides, *numbers, blocks, *head_dims, c.block_m,
                 c.block_n, switches,
             )  # fmt: skip
-            self._bind(2, backward_kernels.attention_backward_dq_kernel, grid, (x.q, k, v, *given[2][3:]), tail, c)
+            tensors = (x.q, k, v, *given[2][3:])
+            made[2] = [self._bind(backward_kernels.attention_backward_dq_kernel, grid, tensors, tail, c)]
 
         facts, usable = device.probe(p.device), triton_descriptors.usable
         key = (p.device, p.dtype, p.head_dim, p.head_dim_v, x.block_size, F)
         run_statistics(heuristics.statistics(p))
         launch_first_fitting(("dkdv", *key), usable(heuristics.dkdv(p, facts), (x.q, dout)), run_dkdv)
         launch_first_fitting(("dq", *key), usable(heuristics.dq(p, facts), (x.k, x.v)), run_dq)
+        self._recorded = [(recorded, i) for i in sorted(made) for recorded in made[i]]
 
 
 def backward(

@@ -58,11 +58,12 @@ class Replay:
         for i, make, made in self._described:  # from the last one, since each takes several places
             x = tensors[i]
             address = x.base.data_ptr()
-            if address not in made:
+            known = made.get(address)
+            if known is None:
                 if len(made) >= _MOST_MADE:
                     made.clear()
-                made[address] = make(x)
-            arguments[i : i + 1] = made[address]
+                known = made[address] = make(x)
+            arguments[i : i + 1] = known
         stream = torch._C._cuda_getCurrentRawStream(self._device)
         self._launch(*self._grid, stream, *self._middle, *arguments, *self._tail)
 
@@ -114,30 +115,31 @@ class Recorded:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._replay: Replay | None = None
-        self._descriptors: dict[int, TensorDescriptor] = {}
-        self._count = 0
+        # a replay, how many tensors it takes, and its descriptors; changed in one step, for threads share plans
+        self._known: tuple[Replay, int, dict[int, TensorDescriptor]] | None = None
 
     def bind(
         self, kernel: Any, grid: tuple[int, ...], tensors: tuple, tail: tuple, may_repeat: bool = True, **options: int
     ) -> None:
         """kernel[grid](*tensors, *tail, **options); descriptors may stand for tensors."""
         compiled = kernel[grid](*tensors, *tail, **options)
-        self._descriptors = {i: x for i, x in enumerate(tensors) if isinstance(x, TensorDescriptor)}
-        bare = tuple(x.base if i in self._descriptors else x for i, x in enumerate(tensors))
-        self._count = max((i + 1 for i, x in enumerate(tensors) if x is not None), default=0)  # the rest stays None
-        self._descriptors = {i: triton_descriptors.like(x, None) for i, x in self._descriptors.items()}
-        tail = (*tensors[self._count :], *tail)
-        self._replay = record(compiled, grid, tail, bare, self._device) if may_repeat else None
+        descriptors = {i: x for i, x in enumerate(tensors) if isinstance(x, TensorDescriptor)}
+        bare = tuple(x.base if i in descriptors else x for i, x in enumerate(tensors))
+        count = max((i + 1 for i, x in enumerate(tensors) if x is not None), default=0)  # the rest stays None
+        tail = (*tensors[count:], *tail)
+        replay = record(compiled, grid, tail, bare, self._device) if may_repeat else None
+        likes = {i: triton_descriptors.like(x, None) for i, x in descriptors.items()}
+        self._known = None if replay is None else (replay, count, likes)
 
     def repeats(self, tensors: tuple) -> bool:
         """Launch on these tensors what was bound for others; False where that must be bound anew."""
-        replay = self._replay
-        if replay is None or not may_replay():
+        known = self._known
+        if known is None or not may_replay():
             return False
+        replay, count, descriptors = known
         places: list[Any] = []
         bits = 0
-        for x in tensors[: self._count]:
+        for x in tensors[:count]:
             place = None
             if x is not None:
                 place = x.data_ptr()
@@ -145,7 +147,7 @@ class Recorded:
             places.append(place)
         if bits & 15:
             return False
-        for i, descriptor in self._descriptors.items():
+        for i, descriptor in descriptors.items():
             places[i] = triton_descriptors.like(descriptor, tensors[i])
         replay(*places)
         return True
