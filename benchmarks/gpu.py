@@ -62,11 +62,16 @@ def host_cost(record: Record) -> None:
 
 
 def first_call(record: Record) -> None:
-    """Seconds of the first forward and backward of a fresh process, import included; empty cache, then warm."""
+    """Seconds of the first forward and backward of a fresh process, import included; empty cache, then warm.
+
+    A cache holds what Triton compiles and Python's byte code, whatever the environment says of either.
+    """
     with tempfile.TemporaryDirectory() as cache:
+        where = {"TRITON_CACHE_DIR": f"{cache}/triton", "PYTHONPYCACHEPREFIX": f"{cache}/python"}
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | where
         for state in ("empty cache", "warm cache"):
             done = subprocess.run(
-                [sys.executable, "-c", FIRST_CALL], env={**os.environ, "TRITON_CACHE_DIR": cache},
+                [sys.executable, "-c", FIRST_CALL], env=environment,
                 capture_output=True, text=True, timeout=300, check=True,
             )  # fmt: skip
             forward, backward = json.loads(done.stdout.strip().splitlines()[-1])
