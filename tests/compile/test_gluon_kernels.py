@@ -160,7 +160,8 @@ def test_as_many_heads_of_keys_take_turns_however_many_queries_share_them():
         (128, 8192, (100, 0), False, True),
         (128, 8192, (-1, 0), False, False),
         (128, 8192, (-1, 0), True, True),
-        (64, 1024, (-1, -1), False, True),
+        (64, 512, (-1, 0), False, True),
+        (64, 512, (-1, -1), False, False),
         (256, 8192, (-1, -1), False, True),
     ],
 )

@@ -61,8 +61,8 @@ FORWARD = {
 # faster for short sequences, and a repeatable dq costs up to 14 % for long ones, 24 % at 16,384 keys.
 BACKWARD = {
     # Tiles of 128 queries: 444 against 383 TFLOP/s with 64 at 8,192 keys; their weights in halves, which do not spill,
-    # 526 against 475.
-    64: BackwardTile(128, 128, 1024, 240, 24, spills=8),
+    # 526 against 475. Sums win from 512 visible keys on, by 4 % (1,024 causal), by 9 % at 1,024, and lose 8 % at 256.
+    64: BackwardTile(128, 128, 256, 240, 24, spills=8),
     128: BackwardTile(64, 128, 512, 240, 24, spills=16),
     # One kernel for all three, with its tiles of 64 keys, adds to dq twice as often: 243 TFLOP/s against 436.
     256: BackwardTile(64, 64, 0, 240, 24, is_wide=True),
