@@ -59,8 +59,14 @@ def store(out, lse, rows, target, HEAD_DIM_V: tl.constexpr):
 def store_parts(
     out, lse, parts_ptr, parts_lse_ptr, split, SHARES: tl.constexpr, R: tl.constexpr, HEAD_DIM_V: tl.constexpr
 ):
-    """Write the first R rows of each share of a split, out [(SHARES,) BLOCK_M, BLOCK_DV] and lse, as parts."""
+    """Write the first R rows of each share of a split, out [(SHARES,) BLOCK_M, BLOCK_DV] and lse, as parts.
+
+    Rows without keys become zeros, whatever their products were, of LSE -inf: what adds nothing to a sum.
+    """
     axis: tl.constexpr = len(lse.shape)
+    is_empty = lse == float("inf")
+    lse = tl.where(is_empty, float("-inf"), lse)
+    out = tl.where(tl.expand_dims(is_empty, axis), 0.0, out)
     local = tl.arange(0, out.shape[axis - 1])
     at = split * (SHARES * R) + local
     if SHARES > 1:
@@ -118,17 +124,16 @@ def combine(
         total = tl.zeros([ROWS], tl.float32)
         out = tl.zeros([ROWS, BLOCK_DV], tl.float32)
         for i in tl.range(0, number, STEP):
+            lse_ptrs = parts_lse_ptr + (i * R + local)
+            ptrs = parts_ptr + ((i * R + local)[:, None] * HEAD_DIM_V + dims)
             sums, values = (), ()
             higher = maximum
-            for j in tl.static_range(STEP):
-                at = tl.minimum(i + j, number - 1) * R + local
-                lse = tl.load(parts_lse_ptr + at, cache_modifier=".cg")
-                ptrs = parts_ptr + at[:, None] * HEAD_DIM_V + dims
-                if BLOCK_DV == HEAD_DIM_V:
-                    x = tl.load(ptrs, cache_modifier=".cg")
-                else:
-                    x = tl.load(ptrs, mask=dims < HEAD_DIM_V, other=0.0, cache_modifier=".cg")
-                lse = tl.where((lse == float("inf")) | (i + j >= number), float("-inf"), lse)
+            for j in tl.static_range(STEP):  # at offsets that the compiler knows: this code runs once, so it is short
+                is_read = i + j < number
+                lse = tl.load(lse_ptrs + j * R, mask=is_read, other=float("-inf"), cache_modifier=".cg")
+                if BLOCK_DV != HEAD_DIM_V:
+                    is_read &= dims < HEAD_DIM_V
+                x = tl.load(ptrs + j * R * HEAD_DIM_V, mask=is_read, other=0.0, cache_modifier=".cg")
                 higher = tl.maximum(higher, lse)
                 sums, values = sums + (lse,), values + (x,)  # noqa: RUF005 - Triton has no other way
             pivot = tl.where(higher == float("-inf"), 0.0, higher) * score.unit(F)
@@ -138,8 +143,7 @@ def combine(
             for j in tl.static_range(STEP):
                 weight = score.power(sums[j] * score.unit(F) - pivot, F)
                 total += weight
-                weight = weight[:, None]
-                out += tl.where(weight > 0.0, values[j], 0.0) * weight  # what a part without keys holds may be NaN
+                out += values[j] * weight[:, None]
             maximum = higher
         is_empty = total == 0.0
         total = tl.where(is_empty, 1.0, total)
