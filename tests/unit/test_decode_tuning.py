@@ -44,8 +44,8 @@ def test_8_bits_in_few_programs_have_a_row_of_their_own():
 
 def test_the_measured_row_for_small_pages_comes_first():
     assert decode.configs(problem(page_size=1), H200)[0] == decode._SMALL_PAGES
-    assert decode.configs(problem(64, page_size=8), H200)[0] == decode._SMALL_PAGES
-    assert decode.configs(problem(64, page_size=16), H200)[0] == decode._SMALL_PAGES
+    for page in (1, 8, 16):
+        assert decode.configs(problem(64, page_size=page), H200)[0] == decode._MANY_SMALL_PAGES
     for batch, page in ((16, 16), (64, 32)):
         assert decode.configs(problem(batch, page_size=page), H200)[0] == decode._MEASURED[128][16]
 

@@ -40,10 +40,11 @@ _MEASURED: dict[int, dict[int, DecodeConfig]] = {
     128: {16: _D(16, 128, 8, 3, 1), 32: _D(32, 128, 4, 3, 1), 64: _D(64, 64, 4, 3, 1)},
     256: {16: _D(16, 64, 8, 3, 1), 32: _D(32, 64, 8, 3, 1), 64: _D(64, 32, 4, 3, 1)},
 }
-# Head dims up to 128, pages of up to 8 keys, whose addresses cost registers. So many stages that two programs share a
-# processor, and not three: then the last wave of 64 sequences of 8,192 keys leaves most idle, 576 us instead of 510.
-# Pages of 16 for more programs than two a processor, too: 502 us there instead of 508, but 142 for 16 instead of 138.
-_SMALL_PAGES = _D(16, 64, 8, 4, 2)
+# Head dims up to 128, pages of up to 8 keys, whose addresses cost registers: two programs a processor.
+_SMALL_PAGES = _D(16, 64, 8, 3, 2)
+# For more programs than two a processor a stage more, so that not three share one, whose last wave leaves most idle: 64
+# sequences of 8,192 keys in pages of 1 take 502 us instead of 570. Pages of 16, too: 493 instead of 498.
+_MANY_SMALL_PAGES = _D(16, 64, 8, 4, 2)
 _8_BIT = {16: _D(16, 64, 4, 4, 2, 4), 32: _D(32, 128, 4, 3, 2), 64: _D(64, 64, 4, 3, 1)}
 _8_BIT_ALONE = _D(16, 128, 4, 5, 1, 4)  # for fewer programs than two a processor
 _SPLIT = _D(32, 128, 8, 3, 1)  # for keys in several splits: these warps combine 32 rows sooner
@@ -108,7 +109,7 @@ def _measured(p: AttentionProblem, device: Device, rows: int, head_dim: int) -> 
         if rows == 16 and not are_many and not has_small_pages:
             found.insert(0, _8_BIT_ALONE)
     elif rows == 16 and 0 < p.page_size <= (16 if are_many else 8):
-        found.insert(0, _SMALL_PAGES)
+        found.insert(0, _MANY_SMALL_PAGES if are_many else _SMALL_PAGES)
     elif rows == 32 and head_dim > 64 and are_few:
         found.insert(0, _SPLIT)
     return found
