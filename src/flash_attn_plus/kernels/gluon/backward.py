@@ -19,12 +19,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flash_attn_plus.kernels.gluon.backward_work import (
+    DQ_FULL,
     HELD_COLS,
     HELD_ROWS,
     SIDE,
     Shared,
     Work,
-    dq_full,
     dq_writer,
     producer,
 )
@@ -40,7 +40,7 @@ from flash_attn_plus.kernels.gluon.hopper import (
 from flash_attn_plus.kernels.gluon.score import Rule
 from flash_attn_plus.kernels.gluon.tiles import new_mailbox
 
-_BOTH = gl.constexpr(4)  # id of the consumers' hardware barrier; 5, 6, 13 and 14 are `dq_full`'s
+_BOTH = gl.constexpr(4)  # id of the consumers' hardware barrier; 5 and 6 are DQ_FULL's
 _RINGS = gl.constexpr(7)
 # Queries whose weights a warpgroup holds at a time: more would spill. Products are those of a whole tile, since halves
 # read more shared memory, of which a step is short already: with them 8,192 queries took 14 % longer.
@@ -76,7 +76,6 @@ def _step(i, is_masked, row0, diagonal, slope, dk, dv, shared, limits, band, rul
     BLOCK_M: gl.constexpr = shared.queries.tiles.shape[1]
     KEYS: gl.constexpr = shared.keys.tiles.shape[1] // 2
     LAST: gl.constexpr = BLOCK_M - PART
-    DQ_STAGES: gl.constexpr = shared.dq_tiles.shape[0] // 2
     dtype: gl.constexpr = shared.keys.tiles.dtype
     whole_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
@@ -89,7 +88,6 @@ def _step(i, is_masked, row0, diagonal, slope, dk, dv, shared, limits, band, rul
     k = shared.keys.tiles.index(0)
     own_v = shared.values.tiles.index(0).slice(WG * KEYS, KEYS, 0)
     stage = i % 2
-    dq_slot = 2 * (i % DQ_STAGES) + WG
     q = shared.queries.tile(i)
     do = shared.gradients.tile(i)
     lses = shared.lses.index(stage).reshape([BLOCK_M])
@@ -113,7 +111,7 @@ def _step(i, is_masked, row0, diagonal, slope, dk, dv, shared, limits, band, rul
         if rule.has_softcap:
             p = p * steepness
         if HAS_DQ and at == LAST:  # needed below; here it keeps the compiler's waits apart
-            mbarrier.wait(shared.dq_empty.index(dq_slot), ((i // DQ_STAGES) & 1) ^ 1)
+            mbarrier.wait(shared.dq_empty.index(WG), (i & 1) ^ 1)
         else:
             shared.gradients.wait(i)  # over long since; likewise
         if at == 0:
@@ -140,9 +138,9 @@ def _step(i, is_masked, row0, diagonal, slope, dk, dv, shared, limits, band, rul
     if HAS_DQ:
         dq, dv = warpgroup_mma_wait(1, deps=(dq, dv))
         shared.gradients.release(i)
-        shared.dq_tiles.index(dq_slot).store(as_held(dq))
+        shared.dq_tiles.index(WG).store(as_held(dq))
         fence_async_shared()
-        named_arrive(dq_full(dq_slot), 160)
+        named_arrive(DQ_FULL + WG, 160)
     else:
         dv = warpgroup_mma_wait(1, deps=(dv,))
         shared.gradients.release(i)
@@ -158,7 +156,6 @@ def _consumer(dk_desc, dv_desc, shared, work, rule, scale, WG: gl.constexpr, HAS
     BLOCK_D: gl.constexpr = shared.keys.tiles.shape[2]
     BLOCK_M: gl.constexpr = shared.queries.tiles.shape[1]
     KEYS: gl.constexpr = dk_desc.block_type.shape[-2]
-    DQ_STAGES: gl.constexpr = shared.dq_tiles.shape[0] // 2
     dtype: gl.constexpr = shared.keys.tiles.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     kv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -192,7 +189,7 @@ def _consumer(dk_desc, dv_desc, shared, work, rule, scale, WG: gl.constexpr, HAS
         n = end
         t = work.receive(shared.mailbox, done)  # read again, so that it takes no registers in between
         if HAS_DQ:
-            mbarrier.wait(shared.dq_empty.index(WG), (gl.cdiv(n, DQ_STAGES) & 1) ^ 1)  # of the first stage
+            mbarrier.wait(shared.dq_empty.index(WG), (n & 1) ^ 1)
         out.store(dv.to(dtype))
         fence_async_shared()
         store_tile(dv_desc, t.batch, t.k_start, t.band.len_k, t.head_k, t.col0 + WG * KEYS, out)
@@ -228,9 +225,6 @@ def attention_backward_kernel(
     BLOCK_D: gl.constexpr = q_desc.block_type.shape[-1]
     BLOCK_N: gl.constexpr = k_desc.block_type.shape[-2]
     STAGES: gl.constexpr = 2
-    DQ_STAGES: gl.constexpr = (
-        2 if BLOCK_D == SIDE else 1
-    )  # 8,192 keys: 543 against 516 TFLOP/s, head dim 128 560 against 579
     dtype: gl.constexpr = q_desc.dtype
     HAS_DQ: gl.constexpr = dq_desc is not None
     HAS_MASK: gl.constexpr = HAS_LEFT or HAS_RIGHT or HAS_EDGE
@@ -243,8 +237,8 @@ def attention_backward_kernel(
     lses = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, BLOCK_M], stat_desc.layout)
     deltas = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, BLOCK_M], stat_desc.layout)
     ds_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_M], ds_layout)
-    dq_tiles = gl.allocate_shared_memory(gl.float32, [2 * DQ_STAGES, HELD_ROWS, HELD_COLS], dq_layout)
-    dq_empty = new_barriers(2 * DQ_STAGES, 1)
+    dq_tiles = gl.allocate_shared_memory(gl.float32, [2, HELD_ROWS, HELD_COLS], dq_layout)
+    dq_empty = new_barriers(2, 1)
     mailbox = new_mailbox(7, 3 if HAS_DQ else 2)
     fence_async_shared()
     work = Work(cu_q_ptr, cu_k_ptr, batch, heads, group, chunk, len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT,
