@@ -14,7 +14,7 @@ class ForwardTile(NamedTuple):
     key_stages: int  # tiles of K in flight
     value_stages: int  # of V, which are held until the softmax of the next scores is over
     has_turns: bool  # whether warpgroups issue their products in turns
-    frees_early: bool  # whether the product with V is waited for, and V released, before the exponentials
+    frees_early: bool  # whether the product with V is waited for, and V released, before the softmax
     consumer_registers: int
     producer_registers: int
     spills: int = 0  # local memory accesses a step
@@ -47,9 +47,9 @@ class DqTile(NamedTuple):
 FORWARD = {
     # Four stages beat two by 8 to 15 % up to 2,048 keys, by 1 to 9 % at 8,192.
     "64": ForwardTile(128, 2, 4, 4, 4, False, False, 240, 24),
-    # A third warpgroup hides more latency: 490 against 457 TFLOP/s at 8,192 keys. Turns and values freed early took
-    # them from 482 to 526, causal from 450 to 490; turns and a fourth stage of values to 518 and 477. Slower for short
-    # sequences, whose ends, like the diagonal, cut deeper into taller tiles.
+    # A third warpgroup hides more latency: 490 against 457 TFLOP/s at 8,192 keys. Turns, and values freed before the
+    # exponentials, took them from 482 to 526, causal from 450 to 490; freed before the maxima, up to 1 % more.
+    # Slower for short sequences, whose ends, like the diagonal, cut deeper into taller tiles.
     "64 long": ForwardTile(128, 3, 6, 3, 3, True, True, 160, 32, spills=32),
     # A third stage of values, which came too late, took 512 keys from 507 to 574 TFLOP/s, 16,384 from 594 to 687;
     # turns on top changed nothing, three stages of both with one of queries were slower by 2 to 14 %.
@@ -78,6 +78,7 @@ DQ = {
 # backward 16 MB cost 3 %.
 CACHE = 32 << 20
 # Forward, 16 MB took 512 keys from 340 to 356 TFLOP/s; with 2,048 it gained 4 % in one run and lost 6 % in another.
+# Up to head dim 64 half of that gains 1 to 2 % more; at 128 it costs as much.
 SHORT_CACHE = 16 << 20
 SHORT = 1024  # keys up to which SHORT_CACHE counts
 LONG = 2048  # keys from which on "64 long" wins
@@ -100,7 +101,9 @@ def forward_tile(problem: AttentionProblem) -> ForwardTile:
 
 def forward_cache(problem: AttentionProblem) -> int:
     """Bytes of keys and values of the heads that take turns in the forward kernel."""
-    return SHORT_CACHE if problem.seqlen_k <= SHORT else CACHE
+    if problem.seqlen_k > SHORT:
+        return CACHE
+    return SHORT_CACHE // 2 if problem.head_dim <= 64 else SHORT_CACHE
 
 
 def is_split(problem: AttentionProblem) -> bool:

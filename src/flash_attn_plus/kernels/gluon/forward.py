@@ -120,15 +120,13 @@ def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, 
             s, _ = rule.apply(s, slope, diagonal, block * BLOCK_N, s_layout)
             if (block < full_first) | (block >= full_end):
                 s = band.mask_keys(s, row0, block * BLOCK_N, s_layout)
-            row_max, decay, row_sum = softmax.raised(s, rule.factor(), row_max, row_sum, FREES_EARLY)
-            if FREES_EARLY:
-                o = warpgroup_mma_wait(0, deps=(o,))
-                values.release(n + i - 1)
-            p, row_sum = softmax.weighed(s, rule.factor(), row_max, row_sum)
-            values.wait(n + i)  # used in the next step; here it keeps the compiler from waiting for o any earlier
+            row_max, decay, p, row_sum = softmax.step(s, rule.factor(), row_max, row_sum)
             if not FREES_EARLY:
-                o = warpgroup_mma_wait(0, deps=(o,))
-                values.release(n + i - 1)
+                values.wait(n + i)  # used in the next step; here it keeps the compiler from waiting for o any earlier
+            o = warpgroup_mma_wait(0, deps=(o,))
+            values.release(n + i - 1)
+            if FREES_EARLY:
+                values.wait(n + i)
             weights = gl.convert_layout(p.to(dtype), p_layout, assert_trivial=True)
         n += end - first
         done += 1

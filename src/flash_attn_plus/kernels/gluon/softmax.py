@@ -31,8 +31,6 @@ def start(scores, scale):
 def _scaling(count: int) -> str:
     """Multiply `count` numbers by as many factors, those of two rows, unless they are 1 in all threads of the warp."""
     products = "".join(f"mul.f32 ${i}, ${i}, ${2 * count + i};" for i in range(count))
-    if count == 4:  # else so short a branch becomes predicates
-        products += "bar.warp.sync 0xffffffff; bar.warp.sync 0xffffffff;"
     return (
         "{ .reg .pred moved, other;"
         f"setp.neu.f32 moved, ${2 * count}, 0f3F800000;"
@@ -43,7 +41,7 @@ def _scaling(count: int) -> str:
     )
 
 
-_COUNTS = (4, 32, 64, 128)
+_COUNTS = (32, 64, 128)
 _SCALING = gl.constexpr({n: _scaling(n) for n in _COUNTS})
 _OPERANDS = gl.constexpr({n: ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n) for n in _COUNTS})
 
@@ -52,7 +50,7 @@ _OPERANDS = gl.constexpr({n: ",".join(["=f"] * n + [str(i) for i in range(n)] + 
 def rescale(o, decay):
     """o * decay of its rows, skipped by a warp whose references have not moved.
 
-    The compiler does not see into the branch, so what is written before it stays before it, and behind it.
+    The compiler sees no multiplication in the branch, so it leaves it between two products, under the first.
     """
     COUNT: gl.constexpr = o.shape[1] // 2  # numbers a thread: of two rows, two columns of each in turn
     decays = gl.expand_dims(decay, 1)
@@ -62,24 +60,14 @@ def rescale(o, decay):
 
 
 @gluon.jit
-def raised(scores, scale, row_max, row_sum, IS_FENCE: gl.constexpr):
-    """(references, decay of what was summed before, partial row sums so far) for one more tile.
-
-    With IS_FENCE the compiler moves none of the tile's exponentials before what follows this.
-    """
+def step(scores, scale, row_max, row_sum):
+    """(references, decay of what was summed before, weights, partial row sums) with one more tile."""
     tile_max = gl.max(scores, 1) * scale
     new_max = gl.where(tile_max > row_max + SLACK, tile_max, row_max)
     decay = gl.exp2(row_max - new_max)
+    p = gl.exp2(scores * scale - gl.expand_dims(new_max, 1))
     spread = gl.convert_layout(decay, gl.SliceLayout(1, SUM_LAYOUT), assert_trivial=True)
-    row_sum = rescale(row_sum, spread) if IS_FENCE else row_sum * gl.expand_dims(spread, 1)
-    return new_max, decay, row_sum
-
-
-@gluon.jit
-def weighed(scores, scale, row_max, row_sum):
-    """(weights, partial row sums) with the tile that the references were raised for."""
-    p = gl.exp2(scores * scale - gl.expand_dims(row_max, 1))
-    return p, row_sum + _partial_sum(p)
+    return new_max, decay, p, row_sum * gl.expand_dims(spread, 1) + _partial_sum(p)
 
 
 @gluon.jit
