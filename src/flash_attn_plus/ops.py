@@ -287,6 +287,13 @@ def _check_gradients(
 ) -> None:
     is_varlen = x.cu_seqlens_q is not None
     expected = (*x.q.shape[:-1], x.v.shape[-1])
+    for name, t in zip(
+        ("dout", "out", "softmax_lse", "dq", "dk", "dv"), (dout, out, lse, *(grads or ())), strict=False
+    ):
+        if t.device != x.q.device:
+            raise InvalidArgument(f"{name} must be on the device of q, {x.q.device}, not on {t.device}")
+    if lse.dtype != _lse_dtype(x.q):
+        raise InvalidArgument(f"softmax_lse must have dtype {_lse_dtype(x.q)}, not {lse.dtype}")
     for name, t in (("dout", dout), ("out", out)):
         if t.dtype != x.q.dtype:
             raise InvalidArgument(f"query and {name} must have the same dtype: {name} has {t.dtype}, q has {x.q.dtype}")
@@ -317,7 +324,8 @@ def _differentiate(
     key = (
         q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device,
         v.shape, v.stride(), v.dtype, v.device, (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
-        dout.shape, dout.stride(), dout.dtype, out.shape, out.stride(), out.dtype, lse.shape, dlse is None,
+        dout.shape, dout.stride(), dout.dtype, out.shape, out.stride(), out.dtype, lse.shape, lse.dtype,
+        dout.device, out.device, lse.device, dlse is None,
         (dout.data_ptr() | out.data_ptr()) & 15, grads and tuple((_shape_of(x), x.data_ptr() & 15) for x in grads),
         max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, window_size_left, window_size_right, softcap,
         is_deterministic, state(),
