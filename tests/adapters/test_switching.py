@@ -120,7 +120,7 @@ def test_both_libraries_absent_leaves_our_kernels_with_both_reasons(installed, m
     [
         ((), {}, "fa3"),
         ((), {"is_backward": True, "heads_k": 4}, "fa4"),
-        ((), {"is_backward": True}, "cudnn"),
+        ((), {"is_backward": True}, "fa4"),
         ((), {"is_backward": True, "heads_k": 4, "head_dim": 96, "head_dim_v": 96}, "cudnn"),
         ((), {"is_backward": True, "heads_k": 4, "right": -1, "left": 9}, "fa2"),
         ((), {"is_backward": True, "heads_k": 4, "right": 3, "left": 9, "is_varlen_q": True}, "fa2"),
