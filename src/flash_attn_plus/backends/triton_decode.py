@@ -30,7 +30,7 @@ class SplitPlan:
         self._problem = problem
         self._features = launch.features(problem, inputs)
         self._is_paired = _can_pair(problem, inputs.v)
-        self._is_aligned = _is_aligned(inputs.k) and _is_aligned(inputs.v)
+        self._is_aligned = launch.is_aligned(inputs.k) and launch.is_aligned(inputs.v)
         self._arch = _arch(device.probe(problem.device))
         self.most_new = _MOST_NEW if _can_append(problem, self._features) else 0
         self._is_settled = False  # on a configuration that the device takes
@@ -128,11 +128,6 @@ class SplitPlan:
 def _arch(facts: device.Device) -> int:
     """The compute capability of a device of NVIDIA, 90 for 9.0, or 0."""
     return int(facts.family.removeprefix("cuda")) if facts.family.startswith("cuda") else 0
-
-
-def _is_aligned(x: Tensor) -> bool:
-    """Whether the compiler knows that rows start at multiples of 16 bytes, so that copies need no registers."""
-    return x.data_ptr() & 15 == 0 and not any(n & 15 for n in x.stride()[:-1])
 
 
 def _can_pair(p: AttentionProblem, v: Tensor) -> bool:

@@ -61,6 +61,11 @@ def _slope_stride(slopes: Tensor | None) -> int:
     return slopes.stride(0) if slopes is not None and slopes.ndim == 2 else 0
 
 
+def is_aligned(x: Tensor) -> bool:
+    """Whether the compiler knows that rows start at multiples of 16 bytes, so that copies need no registers."""
+    return x.data_ptr() & 15 == 0 and not any(n & 15 for n in x.stride()[:-1])
+
+
 def _widths(p: AttentionProblem, x: AttentionInputs, family: str) -> tuple[int, int]:
     """Columns of the tiles of keys and of values.
 
@@ -68,7 +73,7 @@ def _widths(p: AttentionProblem, x: AttentionInputs, family: str) -> tuple[int, 
     its own, are products of wrong addresses there with CUDA 12.8's assembler, which Triton 3.6 brings.
     """
     widths = padded(p.head_dim), padded(p.head_dim_v)
-    is_copied = all(t.data_ptr() & 15 == 0 and not any(n & 15 for n in t.stride()[:-1]) for t in (x.k, x.v))
+    is_copied = is_aligned(x.k) and is_aligned(x.v)
     return widths if is_copied or family != "cuda90" else (max(widths), max(widths))
 
 
@@ -150,7 +155,7 @@ class ForwardPlan:
                 num_warps=c.num_warps, num_stages=c.num_stages,
             )  # fmt: skip
 
-        key = ("forward", p.device, p.dtype, p.head_dim, p.head_dim_v, x.block_size, self._features)
+        key = ("forward", p.device, p.dtype, *self._sizes, x.block_size, self._features)
         configs = triton_descriptors.usable(heuristics.forward(p, self._facts), tensors[:3])
         launch_first_fitting(key, configs, run)
 
