@@ -45,7 +45,8 @@ def launches(
         recorded(ends_kernels, ENDS, HOPPER) as ends,
     ):
         gluon_launch.forward(problem, inputs, q, lse)
-        gluon_backward.backward(problem, inputs, q, q, lse, None, q, k, k, torch.empty_like(lse))
+        given = inputs, q, q, lse, None, q, k, k
+        gluon_backward.BackwardPlan(problem, *given)(*given, torch.empty_like(lse))
     return {launch.kernel.__name__: launch for launch in (*found, *main, *wide, *dq, *ends)}
 
 

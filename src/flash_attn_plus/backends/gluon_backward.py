@@ -213,20 +213,3 @@ class BackwardPlan:
             self._walk_keys(x, dout, lse, delta, dq)
         else:
             self._round(x, accumulator, dq)
-
-
-def backward(
-    problem: AttentionProblem,
-    inputs: AttentionInputs,
-    dout: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dlse: Tensor | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    delta: Tensor,
-) -> None:
-    """Launch the kernels."""
-    given = inputs, dout, out, lse, dlse, dq, dk, dv
-    BackwardPlan(problem, *given)(*given, delta)
