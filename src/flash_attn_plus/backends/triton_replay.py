@@ -10,7 +10,9 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from flash_attn_plus.backends import triton_descriptors
+from flash_attn_plus.backends import triton_descriptors, triton_key
+
+triton_key.remember()  # every launcher imports this module, and none needs the key before
 
 # The launcher's arguments are not public. These are the versions it was read and run in; others bind every time.
 _PROVEN = ("3.6.",)
