@@ -203,9 +203,11 @@ class Known:
         return launch
 
 
+@pytest.mark.parametrize("is_proven", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_later_launches_pass_what_the_first_one_did(monkeypatch, kind):
+def test_later_launches_pass_what_the_first_one_did(monkeypatch, kind, is_proven):
     kernel = Known()
+    monkeypatch.setattr("flash_attn_plus.backends.triton_replay.IS_PROVEN", is_proven)
     monkeypatch.setattr(forward_kernels, "attention_forward_kernel", kernel)
     monkeypatch.setattr("flash_attn_plus.device.probe", lambda where: device_of(HOPPER))
     q, left, cu = torch.empty(2, 512, 8, 128, dtype=torch.bfloat16), -1, None
@@ -221,6 +223,7 @@ def test_later_launches_pass_what_the_first_one_did(monkeypatch, kind):
     for descriptor, tiles in zip(first[:4], later[:4], strict=True):
         assert (descriptor.shape, descriptor.strides) == (tiles.shape, tiles.strides)
         assert descriptor.padding == tiles.padding
+        assert is_proven or type(tiles) is type(descriptor)  # an unknown launcher may want more of it
     assert [x.base is q for x in (first[0], later[0])] == [True, True]
     same = [a is b or a == b for a, b in zip(first[5:], later[5:], strict=True)]
     assert all(same)

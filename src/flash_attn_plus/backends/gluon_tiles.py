@@ -20,7 +20,7 @@ class Tiles:
     """What a launch needs to know of a tensor that is copied in boxes of [rows, cols] of one head.
 
     A launch builds the engine's descriptor from `base`, `shape` and `strides`; Triton's own class, whose checks cost
-    more than the launch, is made once for each kernel that is compiled.
+    more than the launch, is made once for each kernel that is compiled, or for each launch where the launcher is new.
     """
 
     __slots__ = ("base", "box", "padding", "shape", "strides")
@@ -89,9 +89,10 @@ class Launch:
                 return self(*arguments)
         if self._replay is None:
             known = _compiled.get(self._key)
+            if known is None or not triton_replay.IS_PROVEN:
+                arguments = tuple(x.checked() if isinstance(x, Tiles) else x for x in arguments)
             if known is None:
-                checked = [x.checked() if isinstance(x, Tiles) else x for x in arguments]
-                _compiled[self._key] = self._kernel[self._grid](*checked, **self._constants, num_warps=4)
+                _compiled[self._key] = self._kernel[self._grid](*arguments, **self._constants, num_warps=4)
                 return None
             if triton_replay.IS_PROVEN and self._index is not None:
                 self._replay = triton_replay.Replay(known, self._grid, self._values, self._where)
