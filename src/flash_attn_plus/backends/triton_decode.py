@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from flash_attn_plus import device
-from flash_attn_plus.backends import triton_counters, triton_replay
+from flash_attn_plus.backends import gluon_decode, triton_counters, triton_replay
 from flash_attn_plus.backends import triton_launch as launch
 from flash_attn_plus.backends.triton_replay import Replay
 from flash_attn_plus.kernels.features import Features
@@ -37,6 +37,7 @@ class SplitPlan:
         self._index = problem.device.index
         self._counters = triton_counters.of(problem.device)
         self._replay: Replay | None = None
+        self._copies = gluon_decode.plan(problem, inputs)
 
     def _use(self, c: DecodeConfig) -> None:
         p = self._problem
@@ -58,6 +59,9 @@ class SplitPlan:
 
         Either all calls bring as many new keys, behind those that `x.seqused_k` counts, or none does.
         """
+        if new is None and self._copies is not None:
+            self._copies(x, out, lse)
+            return
         if self._replay is not None and self._index == torch.cuda.current_device() and triton_replay.may_replay():
             if self._problem.is_varlen_q:
                 out.zero_()  # rows behind the last sequence belong to no program

@@ -9,6 +9,7 @@ from flash_attn_plus.tuning.config import padded, power_of_two
 
 MOST_SPLITS = 128
 _MOST_QUERIES = 16  # of a sequence; with more, or more rows than these, the prefill kernels are as good
+_MOST_BATCH = 65535  # of a grid's second number
 _MOST_ROWS = 128  # queries times heads that share keys
 _LEAST_KEYS = 128  # of a split: below it the work of combining shows
 _INVARIANT_KEYS = 1024  # of a split where the batch must not show: long enough to be read at full speed
@@ -47,7 +48,26 @@ _SMALL_PAGES = _D(16, 64, 8, 3, 2)
 _MANY_SMALL_PAGES = _D(16, 64, 8, 4, 2)
 _8_BIT = {16: _D(16, 64, 4, 4, 2, 4), 32: _D(32, 128, 4, 3, 2), 64: _D(64, 64, 4, 3, 1)}
 _8_BIT_ALONE = _D(16, 128, 4, 5, 1, 4)  # for fewer programs than two a processor
+_COPIED = _D(8, 128, 4, 3, 1)  # as many tiles on their way as memory holds
 _SPLIT = _D(32, 128, 8, 3, 1)  # for keys in several splits: these warps combine 32 rows sooner
+
+
+def copied(p: AttentionProblem, device: Device) -> DecodeConfig | None:
+    """The tile of a call whose keys had better come through Hopper's copy engine, or None.
+
+    H200, microseconds before and after, of 32 heads over 8: 1 x 8,192 20.6 and 19.4, 1 x 131,072 136.6 and 134.6,
+    16 x 8,192 134.6 and 133.6, 16 lengths up to that 107.4 and 84.7, 128 x 2,048 259.8 and 255.3. Numbers of programs
+    between these lose: 8 x 65,536 487.6 and 490.4, 64 x 8,192 488.5 and 498.2; so do more rows.
+    """
+    rows, programs = p.seqlen_q * (p.heads // p.heads_k), p.batch * p.heads_k
+    if device.family != "cuda90" or p.dtype.itemsize != 2 or p.cache_dtype is not None or p.is_batch_invariant:
+        return None
+    if p.batch > _MOST_BATCH or p.head_dim != 128 or p.head_dim_v != 128 or rows > 8 or p.page_size or p.left >= 0:
+        return None
+    if p.has_softcap or p.has_alibi or p.is_varlen_q or p.is_varlen_k or p.has_leftpad_k:
+        return None
+    is_split, is_wave = 4 * programs <= device.processors, device.processors < 2 * programs <= 2 * device.processors
+    return _COPIED if is_split or is_wave or programs >= 7 * device.processors else None
 
 
 def is_decode(p: AttentionProblem, device: Device) -> bool:

@@ -1,0 +1,82 @@
+"""Launches of the decode kernel whose keys come through Hopper's copy engine."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from flash_attn_plus import device
+from flash_attn_plus.backends import triton_counters, triton_launch, triton_replay
+from flash_attn_plus.backends.gluon_hopper import can_copy
+from flash_attn_plus.problem import AttentionInputs, AttentionProblem
+from flash_attn_plus.tuning import decode as tuning
+from flash_attn_plus.tuning.config import power_of_two
+from flash_attn_plus.tuning.decode import DecodeConfig
+
+
+def plan(problem: AttentionProblem, inputs: AttentionInputs) -> "CopyPlan | None":
+    """The launch of calls that share shapes, strides and numbers, where the kernel serves them and is faster."""
+    config = tuning.copied(problem, device.probe(problem.device))
+    if config is None or inputs.softmax_scale <= 0.0 or not triton.__version__.startswith("3.6."):
+        return None
+    if not (can_copy(inputs.k) and can_copy(inputs.v) and triton_launch.is_aligned(inputs.q)):
+        return None
+    from flash_attn_plus.backends.gluon_tiles import rows_between
+
+    rows = rows_between(inputs.k)
+    return CopyPlan(problem, inputs, config) if rows and rows == rows_between(inputs.v) else None
+
+
+class CopyPlan:
+    """The launch of decode calls over a dense cache that share shapes, strides and numbers."""
+
+    def __init__(self, problem: AttentionProblem, inputs: AttentionInputs, config: DecodeConfig):
+        from flash_attn_plus.backends.gluon_tiles import rows_between, tiles_of
+
+        p, c, facts = problem, config, device.probe(problem.device)
+        self._problem, self._config = p, c
+        self._splits = tuning.splits(p, facts, c)
+        self._grid = (p.heads_k, p.batch, self._splits.launched)
+        self._boxes = tuple(tiles_of(x, c.block_n, p.head_dim, is_ragged=True).of(None) for x in (inputs.k, inputs.v))
+        self._rows = rows_between(inputs.k)
+        self._index = p.device.index
+        self._counters = triton_counters.of(p.device)
+        self._parts: Tensor | None = None  # without memory: a size for torch.empty_like, which is the faster
+        if self._splits.launched > 1:
+            number = p.heads_k * p.batch * self._splits.launched * c.block_m * (p.head_dim + 1)
+            self._parts = torch.empty((), dtype=torch.float32, device=p.device).expand(number)
+        self._replay: triton_replay.Replay | None = None
+
+    def __call__(self, x: AttentionInputs, out: Tensor, lse: Tensor) -> None:
+        """Launch on the current stream of the problem's device; q, k and v must be as aligned as at the first call."""
+        if self._replay is not None and self._index == torch.cuda.current_device() and triton_replay.may_replay():
+            self._replay(*[y.data_ptr() if type(y) is Tensor else y for y in self._tensors(x, out, lse)])
+            return
+        with triton_launch._on(self._problem.device):
+            self._launch(x, out, lse)
+
+    def _tensors(self, x: AttentionInputs, out: Tensor, lse: Tensor) -> tuple[Any, ...]:
+        parts = counters = None
+        if self._parts is not None:
+            parts = torch.empty_like(self._parts)
+            counters = self._counters.zeros(self._grid[0] * self._grid[1])
+        k, v = self._boxes
+        return (x.q, k.of(x.k), v.of(x.v), out, lse, x.seqused_k, parts, counters)
+
+    def _launch(self, x: AttentionInputs, out: Tensor, lse: Tensor) -> None:
+        from flash_attn_plus.backends.gluon_tiles import LOG2E
+        from flash_attn_plus.kernels.gluon.decode import attention_decode_kernel
+
+        p, c, s, tensors = self._problem, self._config, self._splits, self._tensors(x, out, lse)
+        group = p.heads // p.heads_k
+        rows, parts = p.seqlen_q * group, min(16, power_of_two(s.launched))
+        combined = min(power_of_two(rows), c.block_m, 32 * c.num_warps // parts)  # rows at a time, all in registers
+        tail = (
+            group, rows, p.seqlen_q, p.seqlen_k, self._rows, s.number, p.right, *x.q.stride()[:3], *out.stride()[:3],
+            *lse.stride()[:2], x.softmax_scale * LOG2E, c.block_m, c.num_stages, p.right >= 0, s.least_tiles,
+            s.launched > 1, combined, parts,
+        )  # fmt: skip
+        q, k, v, *rest = tensors
+        compiled = attention_decode_kernel[self._grid](q, k.checked(), v.checked(), *rest, *tail, num_warps=c.num_warps)
+        self._replay = triton_replay.record(compiled, self._grid, tail, (q, x.k, x.v, *rest), p.device)
