@@ -26,6 +26,8 @@ def versions() -> dict[str, str]:
             found["driver"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
         except (OSError, subprocess.CalledProcessError):
             found["driver"] = "unknown"
+        if torch.backends.cudnn.is_available():
+            found["cudnn"] = str(torch.backends.cudnn.version())
     return found
 
 
