@@ -159,8 +159,9 @@ def _consumer(dk_desc, dv_desc, shared, work, rule, scale, WG: gl.constexpr, HAS
     dtype: gl.constexpr = shared.keys.tiles.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     kv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    OUTS: gl.constexpr = HELD_ROWS * HELD_COLS * 32 // dtype.primitive_bitwidth // (KEYS * BLOCK_D)
     out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, BLOCK_D], dtype)
-    out = reinterpret(shared.dq_tiles.index(WG), dtype, [KEYS, BLOCK_D], out_layout)
+    out = reinterpret(shared.dq_tiles.index(WG), dtype, [OUTS, KEYS, BLOCK_D], out_layout).index(0)
     done = 0  # tiles of keys
     n = 0  # tiles of queries
     t = work.receive(shared.mailbox, 0)
