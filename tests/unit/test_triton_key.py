@@ -52,12 +52,21 @@ def test_another_build_is_hashed_anew(begin, monkeypatch, tmp_path):
     assert begin("newer") == ("new", False)
 
 
-def test_a_cache_that_cannot_be_written_changes_no_key(begin, monkeypatch, tmp_path):
-    file = tmp_path / "file"
-    file.touch()
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(file / "below"))
+@pytest.mark.parametrize("folder", ["file/below", ""])
+def test_a_cache_that_cannot_be_written_changes_no_key(begin, monkeypatch, tmp_path, folder):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / folder) if folder else "")
     assert begin("first") == ("first", True)
     assert begin("second") == ("second", True)
+
+
+def test_what_is_no_key_on_disk_is_hashed_anew(begin, tmp_path):
+    begin("first")
+    (kept,) = tmp_path.rglob("triton_key.txt")
+    for content in (b"", b"\xff\xfe\xff"):
+        kept.write_bytes(content)
+        assert begin("second") == ("second", True)
+        assert kept.read_text() == "second"
 
 
 def test_a_process_that_lost_the_thread_hashes_itself(begin, monkeypatch):

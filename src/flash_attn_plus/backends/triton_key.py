@@ -36,14 +36,14 @@ def _stamp() -> str:
 
 def _stored() -> str | None:
     """The key as an earlier process left it."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError, ValueError):  # no folder for a cache, or what is no text
         path = cache.get_cache_manager(_stamp()).get_file(_NAME)
         return Path(path).read_text() if path else None
     return None
 
 
 def _store(key: str) -> None:
-    with contextlib.suppress(OSError):  # kernels may be read from where nothing can be written
+    with contextlib.suppress(OSError, RuntimeError):  # kernels may be read from where nothing can be written
         cache.get_cache_manager(_stamp()).put(key, _NAME, binary=False)
 
 
