@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from graphs import captured
 
 from flash_attn_plus import attention_with_kvcache
 from flash_attn_plus.backends import triton_counters
@@ -30,18 +31,6 @@ def step_over(capacity, page=0, dtype=torch.bfloat16, is_rotary=True):
         options["block_table"] = torch.arange(4 * capacity // page, device="cuda", dtype=torch.int32).view(4, -1)
         k_cache, v_cache = (x.view(-1, page, 2, 64) for x in (k_cache, v_cache))
     return lambda: attention_with_kvcache(q, k_cache, v_cache, k, v, return_lse=True, **options), caches
-
-
-def captured(step):
-    """What replays the step, and its results."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-    return graph, results
 
 
 @pytest.mark.parametrize("is_rotary", [False, True])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from graphs import captured
 
 from flash_attn_plus import attention_with_kvcache, device, kvcache
 from flash_attn_plus.backends import gluon_decode
@@ -15,7 +16,7 @@ CAPACITY = 1000
 
 @pytest.fixture
 def served(monkeypatch):
-    """How many plans were made of the kernel under test."""
+    """The plans of the kernel under test, None where another serves."""
     plans = []
     plan = gluon_decode.plan
     monkeypatch.setattr(kvcache, "_plans", {})
@@ -103,16 +104,7 @@ def test_repeats_graphs_and_larger_caches_change_no_bit(batch, served):
         call = make(lengths, capacity=capacity)
         steps.append(lambda c=call: attention_with_kvcache(*c[:3], cache_seqlens=c[3], return_lse=True))
     expected = steps[0]()
-    graphs = []
-    for step in steps:
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = step()
-        graphs.append((graph, results))
+    graphs = [captured(step) for step in steps]
     for _ in range(20):
         for (graph, results), step in zip(graphs, steps, strict=True):
             for x in results:
