@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from flash_attn_plus import device
 from flash_attn_plus.backends import triton_counters, triton_launch, triton_replay
-from flash_attn_plus.backends.gluon_hopper import can_copy
+from flash_attn_plus.backends.gluon_hopper import can_copy, has_proven_gluon
 from flash_attn_plus.problem import AttentionInputs, AttentionProblem
 from flash_attn_plus.tuning import decode as tuning
 from flash_attn_plus.tuning.config import power_of_two
@@ -18,28 +17,28 @@ from flash_attn_plus.tuning.decode import DecodeConfig
 def plan(problem: AttentionProblem, inputs: AttentionInputs) -> "CopyPlan | None":
     """The launch of calls that share shapes, strides and numbers, where the kernel serves them and is faster."""
     config = tuning.copied(problem, device.probe(problem.device))
-    if config is None or inputs.softmax_scale <= 0.0 or not triton.__version__.startswith("3.6."):
+    if config is None or inputs.softmax_scale <= 0.0 or not has_proven_gluon():
         return None
     if not (can_copy(inputs.k) and can_copy(inputs.v) and triton_launch.is_aligned(inputs.q)):
         return None
     from flash_attn_plus.backends.gluon_tiles import rows_between
 
     rows = rows_between(inputs.k)
-    return CopyPlan(problem, inputs, config) if rows and rows == rows_between(inputs.v) else None
+    return CopyPlan(problem, inputs, config, rows) if rows and rows == rows_between(inputs.v) else None
 
 
 class CopyPlan:
     """The launch of decode calls over a dense cache that share shapes, strides and numbers."""
 
-    def __init__(self, problem: AttentionProblem, inputs: AttentionInputs, config: DecodeConfig):
-        from flash_attn_plus.backends.gluon_tiles import rows_between, tiles_of
+    def __init__(self, problem: AttentionProblem, inputs: AttentionInputs, config: DecodeConfig, rows: int):
+        from flash_attn_plus.backends.gluon_tiles import tiles_of
 
         p, c, facts = problem, config, device.probe(problem.device)
         self._problem, self._config = p, c
         self._splits = tuning.splits(p, facts, c)
         self._grid = (p.heads_k, p.batch, self._splits.launched)
         self._boxes = tuple(tiles_of(x, c.block_n, p.head_dim, is_ragged=True).of(None) for x in (inputs.k, inputs.v))
-        self._rows = rows_between(inputs.k)
+        self._rows = rows  # of the cache from one sequence to the next
         self._index = p.device.index
         self._counters = triton_counters.of(p.device)
         self._parts: Tensor | None = None  # without memory: a size for torch.empty_like, which is the faster
@@ -53,7 +52,7 @@ class CopyPlan:
         if self._replay is not None and self._index == torch.cuda.current_device() and triton_replay.may_replay():
             self._replay(*[y.data_ptr() if type(y) is Tensor else y for y in self._tensors(x, out, lse)])
             return
-        with triton_launch._on(self._problem.device):
+        with triton_launch.on_device(self._problem.device):
             self._launch(x, out, lse)
 
     def _tensors(self, x: AttentionInputs, out: Tensor, lse: Tensor) -> tuple[Any, ...]:

@@ -26,6 +26,13 @@ def can_copy(x: Tensor) -> bool:
     return x.data_ptr() & 15 == 0
 
 
+def has_proven_gluon() -> bool:
+    """Whether Triton is of the release under which the kernels ran: Gluon is experimental and changes with each."""
+    import triton
+
+    return triton.__version__.startswith("3.6.")
+
+
 PAGE = 128  # rows of the largest tile of keys, which must lie within a page
 # Products of a call that runs for about 20 microseconds: below it the host's time for a launch decides.
 SMALLEST_WORK = 2 * 10**9
@@ -50,7 +57,7 @@ class GluonHopper(Backend):
             return "no NVIDIA GPU is visible to PyTorch"
         import triton
 
-        if not triton.__version__.startswith("3.6."):
+        if not has_proven_gluon():
             return f"triton {triton.__version__} has another Gluon than the kernels are written for; install triton 3.6"
         return None
 

@@ -69,7 +69,7 @@ class SplitPlan:
             tensors = self._tensors(x, out, lse, new)
             self._replay(*triton_replay.addresses(tensors))
             return
-        with launch._on(self._problem.device):
+        with launch.on_device(self._problem.device):
             if self._problem.is_varlen_q:
                 out.zero_()
             if self._is_settled:

@@ -286,7 +286,7 @@ class _Nothing:
 _NOTHING = _Nothing()
 
 
-def _on(where: torch.device):
+def on_device(where: torch.device):
     """Make the tensors' device current: Triton launches on the current one."""
     if where.type != "cuda" or where.index == torch.cuda.current_device():
         return _NOTHING

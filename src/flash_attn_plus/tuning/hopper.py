@@ -58,7 +58,7 @@ FORWARD = {
     "256": ForwardTile(64, 2, 3, 2, 2, False, False, 240, 24),
 }
 # A kernel of dq's own makes 7 products of 5, but no sums in memory: none to clear, to add to and to round. So it is
-# faster for short sequences, and a repeatable dq costs more the longer they are, 18 to 26 % at 8,192 keys.
+# faster for short sequences, and a repeatable dq costs time with long ones, 12 to 26 % from 8,192 keys on.
 BACKWARD = {
     # Tiles of 128 queries: 444 against 383 TFLOP/s with 64 at 8,192 keys; their weights in halves, which do not spill,
     # 526 against 475. Sums win from 512 visible keys on, by 4 % (1,024 causal), by 9 % at 1,024, and lose 8 % at 256.
