@@ -47,7 +47,7 @@ def test_the_words_of_a_model_come_to_its_kernels():
 
 def test_hopper_gets_the_kernels_of_both_backends():
     jobs = plan(HOPPER, "h=32 hk=8 d=128 causal s=1..4096 train")
-    assert {"attention_prepare_kernel", "attention_round_dq_kernel"} <= kernels(jobs)  # gluon's
+    assert "attention_prepare_kernel" in kernels(jobs)  # gluon's
     assert "attention_backward_dq_kernel" in kernels(jobs)  # the portable ones, for short sequences
     assert "attention_prepare_kernel" not in kernels(plan("cuda:80", "h=32 hk=8 d=128 causal s=1..4096 train"))
 

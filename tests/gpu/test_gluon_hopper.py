@@ -13,6 +13,7 @@ from flash_attn_plus.backends.gluon_hopper import GluonHopper
 from flash_attn_plus.ops import allocate_outputs
 from flash_attn_plus.problem import AttentionInputs, AttentionProblem, describe
 from flash_attn_plus.testing import Case, arrange, assert_matches_reference, make_inputs
+from flash_attn_plus.tuning import hopper
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
@@ -151,6 +152,41 @@ def test_random_packed_batches(right, head_dim):
         for name in ("out", "dq", "dk", "dv"):
             assert torch.equal(found[name], expected[name][at_k if name in ("dk", "dv") else at_q]), (name, picked)
         assert torch.equal(found["lse"], expected["lse"][:, at_q]), picked
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("band", [(-1, -1), (-1, 0), (-1, 37), (200, 30)])
+def test_gradients_of_queries_sum_up_in_memory_that_holds_anything(band, head_dim, monkeypatch):
+    """Sequences that are short, uneven, without queries or without keys; the longer ones add up 12 parts."""
+
+    def poisoned(like, empty_like=torch.empty_like):
+        return empty_like(like).fill_(torch.nan if like.is_floating_point() else 1 << 30)
+
+    tile = hopper.BACKWARD[head_dim]._replace(longest_split=0)  # else so few keys have a kernel of dq's own
+    monkeypatch.setitem(hopper.BACKWARD, head_dim, tile)
+    monkeypatch.setattr(torch, "empty_like", poisoned)
+    lengths_q, lengths_k = zip(*PAIRS, (1500, 1500), (900, 1400), (1400, 900), strict=True)
+    case = WIDE._replace(batch=len(lengths_q), head_dim=head_dim, left=band[0], right=band[1])
+    run(case._replace(lengths_q=lengths_q, lengths_k=lengths_k), torch.bfloat16)
+    run(case._replace(batch=2, seqlen_q=1100, seqlen_k=900, heads=8), torch.bfloat16)
+
+
+def test_gradients_of_queries_sum_up_again_in_graphs():
+    """Beside launches that are not in the graph; sums are in no fixed order, so they are held to the tolerance."""
+    call = make_inputs(WIDE._replace(seqlen_k=2100, right=0), torch.bfloat16, "cuda")
+    problem, backend = call.problem(is_backward=True), GluonHopper()
+    found = results(call.inputs, problem, call.dout)
+    grads = [torch.empty_like(found[name]) for name in ("dq", "dk", "dv")]
+    given = call.inputs, call.dout, found["out"], found["lse"], None, *grads, found["delta"]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        backend.backward(problem, *given)
+    for _ in range(3):
+        for grad in grads:
+            grad.fill_(torch.nan)
+        graph.replay()
+        results(call.inputs, problem, call.dout)
+        assert_matches_reference(call, found | dict(zip(("dq", "dk", "dv"), grads, strict=True)))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

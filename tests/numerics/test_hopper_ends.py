@@ -1,39 +1,81 @@
-"""What stands around the Hopper backward kernel, in the interpreter: sums in the order of registers become rows."""
+"""What sums of dq in the Hopper backward kernel rest on: how many parts a tile of queries has, and counters at 0."""
+
+from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
 
-from flash_attn_plus.kernels.gluon.backward_ends import attention_round_dq_kernel
+from flash_attn_plus.kernels.gluon import band as band_kernels
+from flash_attn_plus.kernels.gluon.backward_ends import LOG2E, attention_prepare_kernel
 
 
-def as_held(rows: Tensor) -> Tensor:
-    """Tiles of 64 x 64 of (lines, rows, columns), each in the order in which a warpgroup's registers hold it."""
-    lines, height, width = rows.shape
-    tiles = rows.view(lines, height // 64, 4, 2, 8, width // 64, 8, 4, 2)  # tile, warp, half, row; tile, 8 columns
-    return tiles.permute(0, 1, 5, 2, 6, 4, 7, 3, 8).reshape(-1)
+@pytest.fixture
+def plain(monkeypatch):
+    """Functions of bands on numbers, called as (name, band, arguments)."""
+    where = SimpleNamespace(
+        cdiv=lambda a, b: -(-a // b), minimum=min, maximum=max, where=lambda is_a, a, b: a if is_a else b
+    )
+    monkeypatch.setattr(band_kernels, "gl", where)
+
+    def call(name, band, *arguments):
+        return getattr(band_kernels.Band, name).fn(band, *arguments)
+
+    return call
+
+
+def band_of(plain, len_q, len_k, left, right):
+    band = SimpleNamespace(len_q=len_q, len_k=len_k, left=left, right=right, has_left=left >= 0, has_right=right >= 0)
+    band.key_tiles = lambda *arguments: plain("key_tiles", band, *arguments)
+    return band
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(64, 128), (128, 128)])
+@pytest.mark.parametrize("sides", [(False, False), (False, True), (True, True), (True, False)])
+def test_a_tile_of_queries_has_as_many_parts_as_tiles_of_keys_name_it(plain, sides, rows, cols):
+    random = Random(0)
+    for _ in range(300):
+        lengths = random.choice((0, random.randint(0, 1000))), random.choice((0, 1, random.randint(0, 1000)))
+        band = band_of(plain, *lengths, *(random.choice((0, 1, 64, 300)) if has else -1 for has in sides))
+        parts = [0] * -(-lengths[0] // rows)
+        for col0 in range(0, lengths[1], cols):
+            first, _, end = plain("query_tiles", band, col0, cols, rows)
+            for tile in range(first, end):
+                parts[tile] += 1
+        assert [plain("parts", band, tile * rows, rows, cols) for tile in range(len(parts))] == parts, vars(band)
 
 
 @pytest.mark.parametrize("lengths", [None, (70, 0, 130, 5)])
-@pytest.mark.parametrize(("head_dim", "width", "align"), [(40, 64, 128), (64, 64, 128), (96, 128, 64), (128, 128, 64)])
-def test_sums_in_the_order_of_registers_are_rounded_into_rows(head_dim, width, align, lengths):
-    heads, scale, longest = 2, 0.5, max(lengths or (150,))
+@pytest.mark.parametrize(("head_dim", "width", "align"), [(40, 64, 128), (96, 128, 64)])
+def test_counters_of_parts_begin_at_0(head_dim, width, align, lengths):
+    """As many as tiles; what no tile has is left alone, as are statistics there."""
+    heads, longest = 2, max(lengths or (150,))
     batch = len(lengths or (1, 2))
     starts = [0, *torch.tensor(lengths).cumsum(0).tolist()] if lengths else None
     height = -(-(starts[-1] + batch * align if starts else longest) // align) * align
-    sums = torch.randn(heads if lengths else batch * heads, height, width)
-    dq = torch.full((starts[-1], heads, head_dim) if starts else (batch, longest, heads, head_dim), torch.nan)
-    strides = (0, *dq.stride()[:2]) if starts else dq.stride()[:3]
+    lines = heads if lengths else batch * heads
+    shape = (starts[-1], heads, head_dim) if starts else (batch, longest, heads, head_dim)
+    out, dout = torch.randn(shape), torch.randn(shape)
+    strides = (0, *out.stride()[:2]) if starts else out.stride()[:3]
+    lse = torch.randn(heads, starts[-1]) if starts else torch.randn(batch, heads, longest)
+    delta, statistics = torch.full_like(lse, torch.nan), torch.full((2, lines, height), torch.nan)
+    parts = torch.full((lines, height // align), 7, dtype=torch.int32)
     cu = torch.tensor(starts, dtype=torch.int32) if starts else None
     grid = (-(-longest // align) * (align // 32) * heads * batch,)
-    attention_round_dq_kernel[grid](
-        as_held(sums), dq, cu, *strides, height, longest, heads, scale,
-        HEAD_DIM=head_dim, BLOCK_D=width, ROWS=32, ALIGN=align,
+    attention_prepare_kernel[grid](
+        out, dout, lse, None, delta, statistics, parts, cu, *strides, *strides, lse.shape[-1], lines, height, longest,
+        heads, HEAD_DIM=head_dim, BLOCK_D=width, ROWS=32, ALIGN=align,
     )  # fmt: skip
-    found = dq.transpose(-2, -3)
-    if not starts:
-        expected = sums.view(batch, heads, height, width)[:, :, :longest]
-    else:
-        firsts = [(start + i * align) // align * align for i, start in enumerate(starts[:-1])]
-        expected = torch.cat([sums[:, at : at + n] for at, n in zip(firsts, lengths, strict=True)], 1)
-    assert torch.equal(found, expected[..., :head_dim] * scale)
+    expected = (out * dout).sum(-1).transpose(-1, -2)
+    torch.testing.assert_close(delta, expected)
+    used = torch.zeros(height, dtype=torch.bool)
+    for i, length in enumerate(lengths or (longest,)):
+        first = (starts[i] + i * align) // align * align if starts else 0
+        used[first : first + -(-length // align) * align] = True
+        at = slice(starts[i], starts[i] + length) if starts else slice(None)
+        rows = slice(first, first + length)
+        torch.testing.assert_close(statistics[0, :, rows], (lse[..., at] * LOG2E.value).flatten(0, -2))
+        torch.testing.assert_close(statistics[1, :, rows], expected[..., at].flatten(0, -2))
+        assert statistics[0, :, first + length : first + -(-length // align) * align].eq(torch.inf).all()
+    assert statistics[:, :, ~used].isnan().all()
+    assert parts.eq(torch.where(used[::align], 0, 7)).all()

@@ -11,11 +11,11 @@ from flash_attn_plus.kernels.gluon import backward as backward_kernels
 from flash_attn_plus.kernels.gluon import backward_dq as dq_kernels
 from flash_attn_plus.kernels.gluon import backward_ends as ends_kernels
 from flash_attn_plus.kernels.gluon import backward_wide as wide_kernels
-from flash_attn_plus.kernels.gluon.backward_work import HELD_COLS, HELD_ROWS
+from flash_attn_plus.kernels.gluon.backward_sums import HELD_COLS, HELD_ROWS, SIDE
 from flash_attn_plus.problem import AttentionInputs, AttentionProblem
 from flash_attn_plus.tuning import hopper
 
-_END_ROWS = 32  # rows a program of the kernels around the main one
+_ROWS = 32  # a program of the kernel before the main one
 
 
 class _Sizes:
@@ -28,25 +28,23 @@ class _Sizes:
         self.tile = hopper.BACKWARD[self.width]
         self.is_split = hopper.is_split(p)
         self.group = p.heads // p.heads_k
-        self.is_even = p.right < 0 and not (p.is_varlen_q or p.is_varlen_k)
+        # sums of dq wait for other programs, which must not have been dealt a tile that they do not run yet
+        self.is_even = self.is_split and p.right < 0 and not (p.is_varlen_q or p.is_varlen_k)
         self.key = (p.dtype, self.width, p.is_varlen_q, p.is_varlen_k, self.is_even, self.is_split, p.has_alibi)
         self.processors = device.probe(p.device).processors
-        # rows as the statistics and the accumulator count them: sequences begin at multiples of a tile
+        # rows as the statistics and the sums of dq count them: sequences begin at multiples of a tile
         align = self.tile.block_m
         rows = inputs.q.shape[0] + p.batch * align if p.is_varlen_q else p.seqlen_q
         self.rows = -(-rows // align) * align
         self.lines = p.heads if p.is_varlen_q else p.batch * p.heads
-        self.ends_grid = -(-p.seqlen_q // align) * (align // _END_ROWS) * p.heads * p.batch
-        self.ends_sizes = {"HEAD_DIM": p.head_dim, "BLOCK_D": self.width, "ROWS": _END_ROWS, "ALIGN": align}
 
     def counter(self) -> Tensor | None:
         """Where programs draw their tiles, or None where all tiles are alike; another one in a graph."""
         return None if self.is_even else counter(self.p.device)
 
-    def scratch(self, columns: int) -> Tensor:
-        """What allocates so many float32 numbers a row when given to torch.empty_like; it holds one."""
-        number = self.lines * self.rows * columns
-        return torch.empty((), dtype=torch.float32, device=self.p.device).expand(number)
+    def scratch(self, numbers: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What allocates so many numbers for each line when given to torch.empty_like; it holds one."""
+        return torch.empty((), dtype=dtype, device=self.p.device).expand(self.lines * numbers)
 
 
 def _row_strides(x: Tensor) -> tuple[int, int, int]:
@@ -66,21 +64,26 @@ def _boxes(*boxes: tuple[Tensor, int, int]) -> list[Tiles]:
 
 
 def _prepare(c: _Sizes, out: Tensor, dout: Tensor, lse: Tensor, has_dlse: bool) -> Callable[..., None]:
-    """What fills delta and the statistics, and clears the accumulator."""
+    """What fills delta and the statistics, and clears the counters of dq's parts."""
+    p, align = c.p, c.tile.block_m
     strides = (*_row_strides(out), *_row_strides(dout))
     key = (*c.key, not has_dlse, *map(_is_long, strides))
-    launch = Launch(ends_kernels.attention_prepare_kernel, c.p.device, c.ends_grid, key, c.ends_sizes)
-    numbers = (*strides, lse.shape[-1], c.lines, c.rows, c.p.seqlen_q, c.p.heads)
+    grid = -(-p.seqlen_q // align) * (align // _ROWS) * p.heads * p.batch
+    sizes = {"HEAD_DIM": p.head_dim, "BLOCK_D": c.width, "ROWS": _ROWS, "ALIGN": align}
+    launch = Launch(ends_kernels.attention_prepare_kernel, p.device, grid, key, sizes)
+    numbers = (*strides, lse.shape[-1], c.lines, c.rows, p.seqlen_q, p.heads)
 
-    def run(x, out, dout, lse, dlse, delta, statistics, accumulator) -> None:
+    def run(x, out, dout, lse, dlse, delta, statistics, parts) -> None:
         dlse = None if dlse is None else dlse.contiguous()
-        launch(out, dout, lse, dlse, delta, statistics, accumulator, x.cu_seqlens_q, *numbers)
+        launch(out, dout, lse, dlse, delta, statistics, parts, x.cu_seqlens_q, *numbers)
 
     return run
 
 
-def _walk_queries(c: _Sizes, x: AttentionInputs, dout: Tensor, dk: Tensor, dv: Tensor) -> Callable[..., None]:
-    """What fills dk and dv, and adds to the accumulator."""
+def _walk_queries(
+    c: _Sizes, x: AttentionInputs, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
+) -> Callable[..., None]:
+    """What fills dk and dv, and dq unless that has a kernel of its own."""
     p, tile = c.p, c.tile
     # Counted with all four heads of a group, fewer of its long tiles took turns: the last ones cost 5 to 11 %.
     chunk = chunk_of(p.batch * p.heads_k, p.seqlen_q * c.width * 8, p.right >= 0, hopper.CACHE)
@@ -97,9 +100,9 @@ def _walk_queries(c: _Sizes, x: AttentionInputs, dout: Tensor, dk: Tensor, dv: T
     if tile.is_wide:
         kernel = wide_kernels.attention_backward_wide_kernel
     launch = Launch(kernel, p.device, grid, c.key, constants)
-    q, k, v, g, dk_boxes, dv_boxes = _boxes(
+    q, k, v, g, dq_boxes, dk_boxes, dv_boxes = _boxes(
         (x.q, tile.block_m, c.width), (x.k, tile.block_n, c.width), (x.v, tile.block_n, c.width),
-        (dout, tile.block_m, c.width), (dk, QUERIES, c.width), (dv, QUERIES, c.width),
+        (dout, tile.block_m, c.width), (dq, SIDE.value, SIDE.value), (dk, QUERIES, c.width), (dv, QUERIES, c.width),
     )  # fmt: skip
     rows = Tiles(None, [2, c.lines, c.rows], [c.lines * c.rows, c.rows, 1], (1, tile.block_m))
     sums = torch.empty((c.lines * c.rows * c.width,), device="meta")
@@ -110,11 +113,14 @@ def _walk_queries(c: _Sizes, x: AttentionInputs, dout: Tensor, dk: Tensor, dv: T
         x.softmax_scale,
     )  # fmt: skip
 
-    def run(x, dout, statistics, accumulator, dk, dv) -> None:
-        dq = () if tile.is_wide else (None if accumulator is None else added.of(accumulator),)
+    def run(x, dout, statistics, sums, parts, dq, dk, dv) -> None:
+        dq_boxes_of: tuple = () if tile.is_wide else (None, None)
+        if sums is not None:
+            dq_boxes_of = (added.of(sums), dq_boxes.of(dq))
         launch(
-            q.of(x.q), k.of(x.k), v.of(x.v), g.of(dout), rows.of(statistics), *dq, dk_boxes.of(dk), dv_boxes.of(dv),
-            x.cu_seqlens_q, x.cu_seqlens_k, c.counter(), x.alibi_slopes, *numbers,
+            q.of(x.q), k.of(x.k), v.of(x.v), g.of(dout), rows.of(statistics), *dq_boxes_of, dk_boxes.of(dk),
+            dv_boxes.of(dv), x.cu_seqlens_q, x.cu_seqlens_k, c.counter(), x.alibi_slopes,
+            *(() if tile.is_wide else (parts,)), *numbers,
         )  # fmt: skip
 
     return run
@@ -154,19 +160,6 @@ def _walk_keys(c: _Sizes, x: AttentionInputs, dout: Tensor, lse: Tensor, dq: Ten
     return run
 
 
-def _round(c: _Sizes, softmax_scale: float, dq: Tensor) -> Callable[..., None]:
-    """What makes dq of the accumulator."""
-    strides = _row_strides(dq)
-    key = (*c.key, *map(_is_long, strides))
-    launch = Launch(ends_kernels.attention_round_dq_kernel, c.p.device, c.ends_grid, key, c.ends_sizes)
-    numbers = (*strides, c.rows, c.p.seqlen_q, c.p.heads, softmax_scale)
-
-    def run(x, accumulator, dq) -> None:
-        launch(accumulator, dq, x.cu_seqlens_q, *numbers)
-
-    return run
-
-
 class BackwardPlan:
     """The row statistics, then the kernel that walks over queries and what completes dq, for calls laid out alike."""
 
@@ -183,14 +176,15 @@ class BackwardPlan:
         dv: Tensor,
     ):
         c = _Sizes(problem, inputs)
-        self._statistics = c.scratch(2)
-        self._accumulator = None if c.is_split else c.scratch(c.width)
+        self._statistics = c.scratch(2 * c.rows)
+        self._sums = self._parts = None
         self._prepare = _prepare(c, out, dout, lse, dlse is not None)
-        self._walk_queries = _walk_queries(c, inputs, dout, dk, dv)
+        self._walk_queries = _walk_queries(c, inputs, dout, dq, dk, dv)
         if c.is_split:
             self._walk_keys = _walk_keys(c, inputs, dout, lse, dq)
         else:
-            self._round = _round(c, inputs.softmax_scale, dq)
+            self._sums = c.scratch(c.rows * c.width)
+            self._parts = c.scratch(c.rows // c.tile.block_m, torch.int32)
 
     def __call__(
         self,
@@ -206,10 +200,10 @@ class BackwardPlan:
     ) -> None:
         """Fill dq, dk, dv and delta."""
         statistics = torch.empty_like(self._statistics)
-        accumulator = None if self._accumulator is None else torch.empty_like(self._accumulator)
-        self._prepare(x, out, dout, lse, dlse, delta, statistics, accumulator)
-        self._walk_queries(x, dout, statistics, accumulator, dk, dv)
-        if accumulator is None:
+        sums = parts = None
+        if self._sums is not None:
+            sums, parts = torch.empty_like(self._sums), torch.empty_like(self._parts)
+        self._prepare(x, out, dout, lse, dlse, delta, statistics, parts)
+        self._walk_queries(x, dout, statistics, sums, parts, dq, dk, dv)
+        if sums is None:
             self._walk_keys(x, dout, lse, delta, dq)
-        else:
-            self._round(x, accumulator, dq)

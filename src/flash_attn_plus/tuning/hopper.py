@@ -57,13 +57,15 @@ FORWARD = {
     # 128 keys do not fit the registers, a second stage of queries not the shared memory; half of one gained 1 to 2 %.
     "256": ForwardTile(64, 2, 3, 2, 2, False, False, 240, 24),
 }
-# A kernel of dq's own makes 7 products of 5, but no sums in memory: none to clear, to add to and to round. So it is
-# faster for short sequences, and a repeatable dq costs time with long ones, 12 to 26 % from 8,192 keys on.
+# A kernel of dq's own makes 7 products of 5, but no sums in memory. So it is faster for short sequences, and repeatable
+# ones cost 12 to 26 % from 8,192 keys on. Sums that nobody clears first or rounds afterwards took
+# 1,024 keys of head dim 64 from 310 to 338 TFLOP/s, 2,048 of 128 from 420 to 448, packed documents from 459 to 476.
 BACKWARD = {
     # Tiles of 128 queries: 444 against 383 TFLOP/s with 64 at 8,192 keys; their weights in halves, which do not spill,
-    # 526 against 475. Sums win from 512 visible keys on, by 4 % (1,024 causal), by 9 % at 1,024, and lose 8 % at 256.
-    64: BackwardTile(128, 128, 256, 240, 24, spills=8),
-    128: BackwardTile(64, 128, 512, 240, 24, spills=16),
+    # 526 against 475. Sums win from 256 visible keys on, by 8 to 12 %, and lose 6 % at 128.
+    64: BackwardTile(128, 128, 128, 240, 24, spills=12),
+    # By 3 to 6 % at 256, by 11 to 15 % at 512.
+    128: BackwardTile(64, 128, 128, 240, 24, spills=16),
     # One kernel for all three, with its tiles of 64 keys, adds to dq twice as often: 243 TFLOP/s against 436.
     256: BackwardTile(64, 64, 0, 240, 24, is_wide=True),
 }
@@ -83,6 +85,9 @@ SHORT_CACHE = 16 << 20
 SHORT = 1024  # keys up to which SHORT_CACHE counts
 LONG = 2048  # keys from which on "64 long" wins
 LONG_CAUSAL = 4096  # there by 1 to 6 %; 2,048 lose 4; packed sequences are mostly shorter than the longest
+
+
+MOST_SUMMED = 4_000_000  # keys, up to whose tiles' parts of dq a counter counts
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -113,4 +118,6 @@ def is_split(problem: AttentionProblem) -> bool:
         visible = min(visible, problem.left + max(problem.right, 0) + 1)
     elif problem.right >= 0:
         visible //= 2
-    return problem.is_deterministic or tile.is_wide or visible <= tile.longest_split
+    if problem.is_deterministic or tile.is_wide or problem.seqlen_k >= MOST_SUMMED:
+        return True
+    return visible <= tile.longest_split

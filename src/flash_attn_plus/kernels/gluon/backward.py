@@ -2,10 +2,10 @@
 
 Two warpgroups of 64 keys each compute transposed scores, so that the weights and their gradients are operands of the
 products for dv and dk as they stand. They exchange the gradients of the scores through shared memory, each makes one
-half of dq = ds k, and one warp adds those to a float32 accumulator in global memory: its sums are in no fixed order,
-so dq is not bitwise repeatable, dk and dv are. Where that matters, or where so few keys are seen that the accumulator
-costs more than it saves, dq comes from a kernel of its own (backward_dq). Another warp hands out the tiles and copies
-in what they need, also for the tile after this one.
+half of dq = ds k, and other warps add those up in global memory and round what is complete (backward_sums): the order
+of the sums is not fixed, so dq is not bitwise repeatable, dk and dv are. Where that matters, or where so few keys are
+seen that the sums cost more than they save, dq comes from a kernel of its own (backward_dq). Another warp hands out the
+tiles and copies in what they need, also for the tile after this one.
 """
 
 from triton.experimental import gluon
@@ -18,16 +18,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flash_attn_plus.kernels.gluon.backward_work import (
+from flash_attn_plus.kernels.gluon.backward_sums import (
     DQ_FULL,
     HELD_COLS,
     HELD_ROWS,
     SIDE,
-    Shared,
-    Work,
+    Sums,
+    as_held,
+    dq_rounder,
     dq_writer,
-    producer,
 )
+from flash_attn_plus.kernels.gluon.backward_work import Shared, Work, producer
 from flash_attn_plus.kernels.gluon.hopper import (
     named_arrive,
     named_sync,
@@ -45,13 +46,6 @@ _RINGS = gl.constexpr(7)
 # Queries whose weights a warpgroup holds at a time: more would spill. Products are those of a whole tile, since halves
 # read more shared memory, of which a step is short already: with them 8,192 queries took 14 % longer.
 PART = gl.constexpr(64)
-
-
-@gluon.jit
-def as_held(dq):
-    """A tile of dq in the order of registers, which moves none: (warp, 8 columns, lane, half of 16 rows, 2 columns)."""
-    x = dq.reshape([4, 2, 4, 2, 8, 4, 2]).permute((0, 4, 2, 3, 5, 1, 6))
-    return x.reshape([HELD_ROWS, HELD_COLS])
 
 
 @gluon.jit
@@ -208,26 +202,28 @@ def _consumer(dk_desc, dv_desc, shared, work, rule, scale, WG: gl.constexpr, HAS
 
 @gluon.jit(
     do_not_specialize=["batch", "heads", "group", "chunk", "len_q", "len_k", "left", "right", "slope_stride"],
-    do_not_specialize_on_alignment=["cu_q_ptr", "cu_k_ptr", "counter_ptr", "slopes_ptr"],
+    do_not_specialize_on_alignment=["cu_q_ptr", "cu_k_ptr", "counter_ptr", "slopes_ptr", "parts_ptr"],
 )
 def attention_backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, stat_desc, dq_desc, dk_desc, dv_desc, cu_q_ptr, cu_k_ptr, counter_ptr,
-    slopes_ptr, batch, heads, group, chunk, len_q, len_k, left, right, slope_stride, scale_log2, cap_scale, cap, scale,
+    q_desc, k_desc, v_desc, do_desc, stat_desc, sum_desc, dq_desc, dk_desc, dv_desc, cu_q_ptr, cu_k_ptr,
+    counter_ptr, slopes_ptr, parts_ptr, batch, heads, group, chunk, len_q, len_k, left, right, slope_stride,
+    scale_log2, cap_scale, cap, scale,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_EDGE: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """dk, dv and, with `dq_desc`, the unscaled float32 dq accumulator from q, k, v, dout and the rows' statistics.
+    """dk, dv and, unless `sum_desc`, `dq_desc` and `parts_ptr` are None, dq from q, k, v, dout and rows' statistics.
 
-    Boxes hold BLOCK_N keys or BLOCK_M rows by the padded head dim (dk, dv: 64 keys; dq: a tile as held), `stat_desc`
-    BLOCK_M of the rows' log2 LSE (0) or delta (1). HAS_EDGE: a tile of keys may reach beyond its sequence.
-    `counter_ptr` is a zero, and is one again at the end, or None for tiles of equal work.
+    Boxes hold BLOCK_N keys or BLOCK_M rows by the padded head dim (dk, dv: 64 keys; dq: 64 x 64), `stat_desc` BLOCK_M
+    of the rows' log2 LSE (0) or delta (1). HAS_EDGE: a tile of keys may reach beyond its sequence. `sum_desc` is room
+    for dq in float32, in tiles as held, `parts_ptr` a zero for each of a head's tiles of BLOCK_M rows. `counter_ptr` is
+    a zero, and is one again at the end, or None for tiles of equal work, which only do without dq.
     """
     BLOCK_M: gl.constexpr = q_desc.block_type.shape[-2]
     BLOCK_D: gl.constexpr = q_desc.block_type.shape[-1]
     BLOCK_N: gl.constexpr = k_desc.block_type.shape[-2]
     STAGES: gl.constexpr = 2
     dtype: gl.constexpr = q_desc.dtype
-    HAS_DQ: gl.constexpr = dq_desc is not None
+    HAS_DQ: gl.constexpr = sum_desc is not None
     HAS_MASK: gl.constexpr = HAS_LEFT or HAS_RIGHT or HAS_EDGE
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], dtype)
     dq_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HELD_ROWS, HELD_COLS], gl.float32)
@@ -247,15 +243,22 @@ def attention_backward_kernel(
     rule = Rule(scale_log2, cap_scale, cap, slopes_ptr, slope_stride, HAS_SOFTCAP)
     shared = Shared(keys, values, queries, gradients, lses, deltas, ds_tiles, dq_tiles, dq_empty, mailbox)
     if HAS_DQ:
+        sums = Sums(sum_desc, parts_ptr)
+        rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, SIDE], dtype)
+        held = gl.allocate_shared_memory(gl.float32, [HELD_ROWS, HELD_COLS], dq_layout)
+        rows = gl.allocate_shared_memory(dtype, [SIDE, SIDE], rows_layout)
+        held_full = new_barriers(1, 1)
+        fence_async_shared()
         gl.warp_specialize([
             (_consumer, (dk_desc, dv_desc, shared, work, rule, scale, 0, HAS_MASK, HAS_DQ)),
             (_consumer, (dk_desc, dv_desc, shared, work, rule, scale, 1, HAS_MASK, HAS_DQ)),
-            (producer, (q_desc, k_desc, v_desc, do_desc, stat_desc, shared, work, counter_ptr)),
-            (dq_writer, (dq_desc, shared, work)),
-        ], [4, 1, 1], [CONSUMER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip
+            (dq_rounder, (sums, held, rows, held_full.index(0), dq_desc, work, scale)),
+            (producer, (q_desc, k_desc, v_desc, do_desc, stat_desc, shared, work, counter_ptr, True)),
+            (dq_writer, (sums, shared, work)),
+        ], [4, 2, 1, 1], [CONSUMER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consumer, (dk_desc, dv_desc, shared, work, rule, scale, 0, HAS_MASK, HAS_DQ)),
             (_consumer, (dk_desc, dv_desc, shared, work, rule, scale, 1, HAS_MASK, HAS_DQ)),
-            (producer, (q_desc, k_desc, v_desc, do_desc, stat_desc, shared, work, counter_ptr)),
+            (producer, (q_desc, k_desc, v_desc, do_desc, stat_desc, shared, work, counter_ptr, False)),
         ], [4, 1], [CONSUMER_REGISTERS, OTHER_REGISTERS])  # fmt: skip

@@ -1,10 +1,9 @@
-"""Before and after the backward kernel: row statistics with a cleared accumulator, and dq in its own precision."""
+"""Before the backward kernel: row statistics, and of dq what it counts from and what it does not write."""
 
 import triton
 import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-SIDE: tl.constexpr = tl.constexpr(64)  # of a tile of dq
 
 
 @triton.jit
@@ -44,18 +43,19 @@ def _rows(cu_q_ptr, len_q, heads, ROWS: tl.constexpr, ALIGN: tl.constexpr):
 @triton.jit(
     do_not_specialize=["stride_ob", "stride_os", "stride_oh", "stride_gb", "stride_gs", "stride_gh", "lse_rows",
                        "lines", "padded_rows", "len_q", "heads"],
-    do_not_specialize_on_alignment=["lse_ptr", "dlse_ptr", "delta_ptr", "cu_q_ptr"],
+    do_not_specialize_on_alignment=["lse_ptr", "dlse_ptr", "delta_ptr", "parts_ptr", "cu_q_ptr"],
 )  # fmt: skip
 def attention_prepare_kernel(
-    out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, statistics_ptr, accumulator_ptr, cu_q_ptr,
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, statistics_ptr, parts_ptr, cu_q_ptr,
     stride_ob, stride_os, stride_oh, stride_gb, stride_gs, stride_gh,
     lse_rows, lines, padded_rows, len_q, heads,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(out * dout) - dlse, statistics (log2 LSE, delta) for the main kernel, accumulator = 0.
+    """delta = rowsum(out * dout) - dlse, and statistics (log2 LSE, delta) for the main kernel.
 
-    Statistics are (2, lines, padded_rows), the accumulator (lines, padded_rows, BLOCK_D), where a line is a head, of
-    a batch unless rows are packed. Rows beyond a sequence get an LSE of +inf, so their weights are 0.
+    Statistics are (2, lines, padded_rows), where a line is a head, of a batch unless rows are packed. Rows beyond a
+    sequence get an LSE of +inf, so their weights are 0. `parts_ptr`, unless None: zeros, one for each line's tile of
+    ALIGN rows.
     """
     batch, head, row0, start, length, padded = _rows(cu_q_ptr, len_q, heads, ROWS, ALIGN)
     if row0 >= tl.cdiv(length, ALIGN) * ALIGN:
@@ -76,32 +76,6 @@ def attention_prepare_kernel(
     slot = line.to(tl.int64) * _aligned(padded_rows) + padded + rows
     tl.store(statistics_ptr + slot, lse * LOG2E)
     tl.store(statistics_ptr + lines.to(tl.int64) * _aligned(padded_rows) + slot, delta)
-    if accumulator_ptr is not None:
-        zero = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        tl.store(accumulator_ptr + slot[:, None] * BLOCK_D + dims, zero)
-
-
-@triton.jit(
-    do_not_specialize=["stride_b", "stride_s", "stride_h", "padded_rows", "len_q", "heads"],
-    do_not_specialize_on_alignment=["cu_q_ptr"],
-)
-def attention_round_dq_kernel(
-    accumulator_ptr, dq_ptr, cu_q_ptr, stride_b, stride_s, stride_h, padded_rows, len_q, heads, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """dq = accumulator * scale, in dq's precision and strides; tiles of 64 x 64 in the order of registers."""
-    batch, head, row0, start, length, padded = _rows(cu_q_ptr, len_q, heads, ROWS, ALIGN)
-    if row0 >= length:
-        return
-    rows, dims = row0 + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)[None, :]
-    line = head if cu_q_ptr is not None else batch * heads + head
-    slot = line.to(tl.int64) * _aligned(padded_rows) + padded + row0 // SIDE * SIDE
-    inside = (rows < length)[:, None] & (dims < HEAD_DIM)
-    held = tl.arange(0, ROWS * BLOCK_D)
-    held = held // (ROWS * SIDE) * (SIDE * SIDE) + held % (ROWS * SIDE) + row0 % SIDE * SIDE
-    dq = tl.load(accumulator_ptr + slot * BLOCK_D + held) * scale
-    dq = tl.reshape(dq, [BLOCK_D // SIDE, ROWS // 16, 8, 4, 2, 4, 2, 2])  # the reverse of `as_held`
-    dq = tl.reshape(tl.permute(dq, (1, 6, 3, 4, 0, 2, 5, 7)), [ROWS, BLOCK_D])
-    at = (start + rows).to(tl.int64)[:, None]
-    base = _row(dq_ptr, batch, head, stride_b, stride_h)
-    tl.store(base + at * _even(stride_s) + dims, dq.to(dq_ptr.dtype.element_ty), inside)
+    if parts_ptr is not None:
+        if row0 % ALIGN == 0:
+            tl.store(parts_ptr + (line.to(tl.int64) * _aligned(padded_rows) + padded + row0) // ALIGN, 0)

@@ -201,5 +201,5 @@ def attention_backward_wide_kernel(
     gl.warp_specialize([
         (_dv_consumer, (dv_desc, shared, work, rule, HAS_MASK)),
         (_dk_consumer, (dk_desc, shared, work, scale)),
-        (producer, (q_desc, k_desc, v_desc, do_desc, stat_desc, shared, work, counter_ptr)),
+        (producer, (q_desc, k_desc, v_desc, do_desc, stat_desc, shared, work, counter_ptr, False)),
     ], [4, 1], [CONSUMER_REGISTERS, OTHER_REGISTERS])  # fmt: skip

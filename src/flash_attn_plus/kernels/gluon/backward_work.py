@@ -1,19 +1,11 @@
-"""What the roles of the backward kernels share, and the two of them that only move data."""
+"""What the roles of the backward kernels share, and the one that hands out tiles and copies in what they need."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from flash_attn_plus.kernels.gluon.band import Band, span
-from flash_attn_plus.kernels.gluon.hopper import Ring, add_out, copy_in, load_tile, named_sync, record
-from flash_attn_plus.kernels.gluon.tiles import Mailbox, draw, place
-
-SIDE = gl.constexpr(64)  # rows and columns of a tile of dq, of which a consumer makes one a step
-# The same in shared memory and in the accumulator, in the order in which a warpgroup's registers hold it (`as_held`):
-# by stores of 16 bytes without bank conflicts instead of 8 bytes with them, which gained 5 to 8 %, head dim 64 1 to 7.
-HELD_ROWS = gl.constexpr(128)
-HELD_COLS = gl.constexpr(32)
-DQ_FULL = gl.constexpr(5)  # ids of hardware barriers between a consumer and the writer of dq; one each
+from flash_attn_plus.kernels.gluon.hopper import Ring, copy_in, load_tile, record
+from flash_attn_plus.kernels.gluon.tiles import Mailbox, draw, place, reset
 
 
 @record
@@ -44,6 +36,12 @@ class Tile:
         """(head, tile) of the next step."""
         is_last = tile + 1 == self.end
         return gl.where(is_last, head + 1, head), gl.where(is_last, self.first, tile + 1)
+
+    @gluon.jit
+    def before(self, head, tile):
+        """(head, tile) of the step before; computed, since a loop does not carry what was another name's value."""
+        is_first = tile == self.first
+        return gl.where(is_first, head - 1, head), gl.where(is_first, self.end, tile) - 1
 
     @gluon.jit
     def padded_row(self, head, row):
@@ -78,14 +76,20 @@ class Work:
         return self.batch * (self.heads // self.group) * gl.cdiv(self.len_k, self.BLOCK_N)
 
     @gluon.jit
+    def spans(self, sequence):
+        """(first row of queries, their number, of keys), of no more than was stated: others would wait for the rest."""
+        q_start, len_q = span(self.cu_q_ptr, sequence, self.len_q)
+        k_start, len_k = span(self.cu_k_ptr, sequence, self.len_k)
+        return q_start, gl.minimum(len_q, self.len_q), k_start, gl.minimum(len_k, self.len_k)
+
+    @gluon.jit
     def locate(self, number):
         """(batch, head of k, first key, first row of queries, of keys, their lengths) of a tile by its number."""
         heads_k = self.heads // self.group
         blocks = gl.cdiv(self.len_k, self.BLOCK_N)
         batch_head, block = place(number, self.batch * heads_k, self.chunk, blocks)
         sequence = batch_head // heads_k
-        q_start, len_q = span(self.cu_q_ptr, sequence, self.len_q)
-        k_start, len_k = span(self.cu_k_ptr, sequence, self.len_k)
+        q_start, len_q, k_start, len_k = self.spans(sequence)
         col0 = (blocks - 1 - block) * self.BLOCK_N  # under a causal band the first keys are seen by most queries
         return sequence, batch_head % heads_k, col0, q_start, k_start, len_q, len_k
 
@@ -101,6 +105,22 @@ class Work:
         masked_end = gl.where(col0 + self.BLOCK_N <= len_k, masked_end, end)
         return Tile(sequence, head_k, self.heads, self.group, col0, first, masked_end, end, q_start, k_start, band,
                     self.cu_q_ptr is not None, self.BLOCK_M)  # fmt: skip
+
+    @gluon.jit
+    def query_count(self):
+        """The number of tiles of queries of all heads, those beyond short sequences included."""
+        return self.batch * self.heads * gl.cdiv(self.len_q, self.BLOCK_M)
+
+    @gluon.jit
+    def query_tile(self, number):
+        """(its sequence and head of k as a tile of no keys, head, tile of queries), about in the order of `locate`."""
+        tiles = gl.cdiv(self.len_q, self.BLOCK_M)
+        batch_head, block = place(number, self.batch * self.heads, self.chunk * self.group, tiles)
+        sequence = batch_head // self.heads
+        head = batch_head % self.heads
+        q_start, len_q, k_start, len_k = self.spans(sequence)
+        t = self.tile((sequence, head // self.group, 0, q_start, k_start, len_q, len_k))
+        return t, head, tiles - 1 - block
 
     @gluon.jit
     def receive(self, mailbox, i):
@@ -138,10 +158,25 @@ def _fill(i, desc, stat_desc, WHICH: gl.constexpr, ring, statistics, t, head, ti
 
 
 @gluon.jit
-def producer(q_desc, k_desc, v_desc, do_desc, stat_desc, shared, work, counter_ptr):
-    """One warp: hand out tiles, copy in K and V of each, and Q with its LSE and dO with its delta for every step."""
+def _draw(number, tiles, counter_ptr, DRAWS_ALL: gl.constexpr):
+    """The number of the tile after this one."""
+    if DRAWS_ALL:
+        number = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+        reset(number, tiles, counter_ptr)
+        return number
+    return draw(number, tiles, counter_ptr)
+
+
+@gluon.jit
+def producer(q_desc, k_desc, v_desc, do_desc, stat_desc, shared, work, counter_ptr, DRAWS_ALL: gl.constexpr):
+    """One warp: hand out tiles, copy in K and V of each, and Q with its LSE and dO with its delta for every step.
+
+    DRAWS_ALL: none is dealt to a program before it runs, since others may wait for it.
+    """
     tiles = work.count()
     number = gl.program_id(0)
+    if DRAWS_ALL:
+        number = _draw(number, tiles, counter_ptr, DRAWS_ALL)
     sent = 0
     n = 0
     while number < tiles:
@@ -160,7 +195,7 @@ def producer(q_desc, k_desc, v_desc, do_desc, stat_desc, shared, work, counter_p
             load_tile(k_desc, t.batch, t.k_start, t.band.len_k, t.head_k, t.col0, full, shared.keys.tile(sent))
             if steps > 0:
                 _fill(n, do_desc, stat_desc, 1, shared.gradients, shared.deltas, t, head, tile)
-            number = draw(number, tiles, counter_ptr)  # here the counter's latency is hidden
+            number = _draw(number, tiles, counter_ptr, DRAWS_ALL)  # here the counter's latency is hidden
             for i in range(n + 1, n + steps):
                 head, tile = t.after(head, tile)
                 if q_desc.block_type.shape[-1] == 128:  # dO's stage is free first: up to 3 % for 16,384 keys
@@ -172,35 +207,9 @@ def producer(q_desc, k_desc, v_desc, do_desc, stat_desc, shared, work, counter_p
             n += steps
             sent += 1
         else:
-            number = draw(number, tiles, counter_ptr)
+            number = _draw(number, tiles, counter_ptr, DRAWS_ALL)
     shared.mailbox.send(sent, (-1, 0, 0, 0, 0, 0, 0))
     shared.keys.drain(sent)
     shared.values.drain(sent)
     shared.queries.drain(n)
     shared.gradients.drain(n)
-
-
-@gluon.jit
-def dq_writer(dq_desc, shared, work):
-    """One warp: add the consumers' parts of dq to the accumulator."""
-    # the consumers' tiles follow each other, be they below each other or side by side
-    HELD_A_ROW: gl.constexpr = 2 * HELD_ROWS // work.BLOCK_M
-    done = 0
-    t = work.receive(shared.mailbox, 0)
-    while t.batch >= 0:
-        head = t.head_k * t.group
-        tile = t.first
-        for _ in range(t.steps()):
-            at_batch, at_head, at_row = t.padded_row(head, tile * work.BLOCK_M)
-            for w in gl.static_range(2):
-                named_sync(DQ_FULL + w, 160)
-                source = shared.dq_tiles.index(w).reshape([1, 1, HELD_ROWS, HELD_COLS])
-                add_out(dq_desc, [at_batch, at_head, at_row * HELD_A_ROW + w * HELD_ROWS, 0], source)
-            for w in gl.static_range(2):
-                tma.store_wait(1 - w)
-                mbarrier.arrive(shared.dq_empty.index(w), count=1)
-            head, tile = t.after(head, tile)
-        shared.mailbox.release(done)
-        done += 1
-        t = work.receive(shared.mailbox, done)
-    tma.store_wait(0)

@@ -38,6 +38,15 @@ class Band:
         return first, full_first, full_end, gl.maximum(end, first + 1)
 
     @gluon.jit
+    def parts(self, row0, ROWS: gl.constexpr, TILE: gl.constexpr):
+        """How many tiles of TILE keys name the tile of queries [row0, row0 + ROWS) as one of their `query_tiles`."""
+        first, _, _, end = self.key_tiles(row0, ROWS, TILE)
+        is_seen = self.len_k > 0
+        if self.has_right:
+            is_seen = is_seen & (row0 + ROWS + self.len_k - self.len_q + self.right > 0)
+        return gl.where(is_seen, end - first, 0)
+
+    @gluon.jit
     def query_tiles(self, col0, COLS: gl.constexpr, TILE: gl.constexpr):
         """(first, full_first, end) in tiles of TILE queries, for the keys [col0, col0 + COLS); there may be none.
 
