@@ -7,11 +7,13 @@ from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.core import _aggregate, base_value
 
 copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+copy_each = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # by the threads
 
 # A packed tensor's descriptor has two leading dimensions whose strides cancel modulo 2**64, so that rows count up to
 # RAGGED and the copy engine clips every tile at the end of its sequence (see `packed` in the launcher).

@@ -9,6 +9,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from flash_attn_plus.kernels.gluon.hopper import copy_each
+
 
 @gluon.jit
 def _plus(a0, b0, a1, b1):
@@ -18,7 +20,7 @@ def _plus(a0, b0, a1, b1):
 @gluon.jit
 def _fetch_row(ptr, rows, slot, is_row, N: gl.constexpr, L: gl.constexpr):
     cols = gl.arange(0, rows.shape[1], layout=L)
-    async_copy.async_copy_global_to_shared(rows.index(slot), ptr + cols, mask=(cols < N) & is_row)
+    copy_each(rows.index(slot), ptr + cols, mask=(cols < N) & is_row)
 
 
 @gluon.jit
