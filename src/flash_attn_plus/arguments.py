@@ -68,6 +68,7 @@ def resolve_scale(softmax_scale: Any, q: Tensor) -> float:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of the active autocast region of the device type; None outside one, and for meta, which knows none."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+    kind = device.type  # each look at it takes longer than all else here
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return None
-    return torch.get_autocast_dtype(device.type)
+    return torch.get_autocast_dtype(kind)

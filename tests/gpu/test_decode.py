@@ -98,6 +98,18 @@ def test_graphs_and_streams_at_the_same_time_do_not_meet(are_used_up, monkeypatc
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("most_kept", [0, 1 << 16, triton_counters._MOST_KEPT])
+def test_launches_that_want_more_room_or_less_take_turns(most_kept, monkeypatch):
+    monkeypatch.setattr(triton_counters, "_MOST_KEPT", most_kept)
+    monkeypatch.setattr(triton_counters.of(torch.device("cuda", 0)), "_of_stream", {})
+    steps = [step_over(length, page, is_rotary=False)[0] for length in (1024, 8192, 2048) for page in (0, 16)]
+    expected = [step() for step in steps]
+    for _ in range(3):
+        for step, results in zip(steps, expected, strict=True):
+            for x, y in zip(step(), results, strict=True):
+                assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
 def test_a_sequence_does_not_see_the_batch_when_asked(cache_dtype, monkeypatch):
     monkeypatch.setenv("FLASH_ATTENTION_BATCH_INVARIANT", "1")

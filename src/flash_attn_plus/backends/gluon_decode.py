@@ -13,6 +13,8 @@ from flash_attn_plus.tuning import decode as tuning
 from flash_attn_plus.tuning.config import power_of_two
 from flash_attn_plus.tuning.decode import DecodeConfig
 
+_MOST_MAPS = 1024  # of the layers of several models; then they are made anew
+
 
 def plan(problem: AttentionProblem, inputs: AttentionInputs) -> "CopyPlan | None":
     """The launch of calls that share shapes, strides and numbers, where the kernel serves them and is faster."""
@@ -41,33 +43,40 @@ class CopyPlan:
         self._rows = rows  # of the cache from one sequence to the next
         self._index = p.device.index
         self._counters = triton_counters.of(p.device)
-        self._parts: Tensor | None = None  # without memory: a size for torch.empty_like, which is the faster
-        if self._splits.launched > 1:
-            number = p.heads_k * p.batch * self._splits.launched * c.block_m * (p.head_dim + 1)
-            self._parts = torch.empty((), dtype=torch.float32, device=p.device).expand(number)
+        self._items = p.heads_k * p.batch
+        parts = self._items * self._splits.launched
+        self._room = parts * c.block_m * (p.head_dim + 1) if self._splits.launched > 1 else 0
         self._replay: triton_replay.Replay | None = None
+        self._maps: dict[tuple[int, int], list] = {}  # what the copy engine reads, by addresses of the caches
 
     def __call__(self, x: AttentionInputs, out: Tensor, lse: Tensor) -> None:
         """Launch on the current stream of the problem's device; q, k and v must be as aligned as at the first call."""
-        if self._replay is not None and self._index == torch.cuda.current_device() and triton_replay.may_replay():
-            self._replay(*[y.data_ptr() if type(y) is Tensor else y for y in self._tensors(x, out, lse)])
+        replay = self._replay
+        if replay is None or self._index != torch._C._cuda_getDevice() or not triton_replay.may_replay():
+            with triton_launch.on_device(self._problem.device):
+                self._launch(x, out, lse)
             return
-        with triton_launch.on_device(self._problem.device):
-            self._launch(x, out, lse)
+        caches, used = (x.k.data_ptr(), x.v.data_ptr()), x.seqused_k
+        maps = self._maps.get(caches)
+        if maps is None:
+            if len(self._maps) >= _MOST_MAPS:
+                self._maps.clear()
+            maps = self._maps[caches] = replay.expanded(None, *self._tiles(x))[1:]
+        # Held until the launch: a captured one's room is nobody else's before it.
+        scratch = self._counters.scratch(self._items, self._room) if self._room else triton_counters.NONE
+        lengths = None if used is None else used.data_ptr()
+        replay.launch([x.q.data_ptr(), *maps, out.data_ptr(), lse.data_ptr(), lengths, *scratch.places])
 
-    def _tensors(self, x: AttentionInputs, out: Tensor, lse: Tensor) -> tuple[Any, ...]:
-        parts = counters = None
-        if self._parts is not None:
-            parts = torch.empty_like(self._parts)
-            counters = self._counters.zeros(self._grid[0] * self._grid[1])
+    def _tiles(self, x: AttentionInputs) -> tuple[Any, Any]:
         k, v = self._boxes
-        return (x.q, k.of(x.k), v.of(x.v), out, lse, x.seqused_k, parts, counters)
+        return k.of(x.k), v.of(x.v)
 
     def _launch(self, x: AttentionInputs, out: Tensor, lse: Tensor) -> None:
         from flash_attn_plus.backends.gluon_tiles import LOG2E
         from flash_attn_plus.kernels.gluon.decode import attention_decode_kernel
 
-        p, c, s, tensors = self._problem, self._config, self._splits, self._tensors(x, out, lse)
+        p, c, s = self._problem, self._config, self._splits
+        scratch = self._counters.scratch(self._items, self._room) if self._room else triton_counters.NONE
         group = p.heads // p.heads_k
         rows, parts = p.seqlen_q * group, min(16, power_of_two(s.launched))
         combined = min(power_of_two(rows), c.block_m, 32 * c.num_warps // parts)  # rows at a time, all in registers
@@ -76,6 +85,7 @@ class CopyPlan:
             *lse.stride()[:2], x.softmax_scale * LOG2E, c.block_m, c.num_stages, p.right >= 0, s.least_tiles,
             s.launched > 1, combined, parts,
         )  # fmt: skip
-        q, k, v, *rest = tensors
-        compiled = attention_decode_kernel[self._grid](q, k.checked(), v.checked(), *rest, *tail, num_warps=c.num_warps)
-        self._replay = triton_replay.record(compiled, self._grid, tail, (q, x.k, x.v, *rest), p.device)
+        rest = (out, lse, x.seqused_k, scratch.room, scratch.counters)
+        tiles = (y.checked() for y in self._tiles(x))
+        compiled = attention_decode_kernel[self._grid](x.q, *tiles, *rest, *tail, num_warps=c.num_warps)
+        self._replay = triton_replay.record(compiled, self._grid, tail, (x.q, x.k, x.v, *rest), p.device)

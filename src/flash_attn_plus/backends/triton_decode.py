@@ -48,10 +48,9 @@ class SplitPlan:
         self._rows = power_of_two(rows) if self._tiles_m == 1 else c.block_m
         self._tiles = self._tiles_m * p.heads_k * p.batch
         self._grid = (self._tiles, self._splits.launched)
-        self._parts: Tensor | None = None  # without memory: a size for torch.empty_like, which is the faster
+        self._room = 0  # for parts
         if self._splits.launched > 1 or c.shares > 1:
-            number = self._tiles * self._splits.launched * c.shares * self._rows * (p.head_dim_v + 1)
-            self._parts = torch.empty((), dtype=torch.float32, device=p.device).expand(number)
+            self._room = self._tiles * self._splits.launched * c.shares * self._rows * (p.head_dim_v + 1)
         self._replay = None
 
     def __call__(self, x: AttentionInputs, out: Tensor, lse: Tensor, new: New | None = None) -> None:
@@ -62,12 +61,14 @@ class SplitPlan:
         if new is None and self._copies is not None:
             self._copies(x, out, lse)
             return
-        if self._replay is not None and self._index == torch.cuda.current_device() and triton_replay.may_replay():
+        replay = self._replay
+        if replay is not None and self._index == torch._C._cuda_getDevice() and triton_replay.may_replay():
             if self._problem.is_varlen_q:
                 out.zero_()  # rows behind the last sequence belong to no program
-            # Held until the launch: memory of parts is nobody else's before it.
-            tensors = self._tensors(x, out, lse, new)
-            self._replay(*triton_replay.addresses(tensors))
+            places = triton_replay.addresses(self._tensors(x, out, lse, new))
+            # Held until the launch: a captured one's room is nobody else's before it.
+            scratch = self._counters.scratch(self._tiles, self._room) if self._room else triton_counters.NONE
+            replay.launch([*places, *scratch.places])
             return
         with launch.on_device(self._problem.device):
             if self._problem.is_varlen_q:
@@ -86,12 +87,9 @@ class SplitPlan:
             raise refusal
 
     def _tensors(self, x: AttentionInputs, out: Tensor, lse: Tensor, new: New | None) -> tuple:
-        parts = counters = None
-        if self._parts is not None:
-            parts, counters = torch.empty_like(self._parts), self._counters.zeros(self._tiles)
         return (
             x.q, x.k, x.v, out, lse, x.cu_seqlens_q, x.cu_seqlens_k, x.seqused_k, x.leftpad_k,
-            x.block_table, x.alibi_slopes, x.k_descale, x.v_descale, *(new or (x.q, x.q)), parts, counters,
+            x.block_table, x.alibi_slopes, x.k_descale, x.v_descale, *(new or (x.q, x.q)),
         )  # fmt: skip
 
     def _out_strides(self, out: Tensor, lse: Tensor) -> tuple[int, ...]:
@@ -107,6 +105,8 @@ class SplitPlan:
 
     def _launch(self, x: AttentionInputs, out: Tensor, lse: Tensor, new: New | None) -> None:
         p, c, s, tensors = self._problem, self._config, self._splits, self._tensors(x, out, lse, new)
+        scratch = self._counters.scratch(self._tiles, self._room) if self._room else triton_counters.NONE
+        tensors = (*tensors, scratch.room, scratch.counters)
         packed_k = p.is_varlen_k
         if self._is_paired:
             tensors = (*tensors[:2], x.v.view(torch.int16), *tensors[3:])

@@ -28,7 +28,7 @@ def _has_hooks() -> bool:
 
 # Of a descriptor: its place among the arguments, what makes arguments of it, and those made, by address.
 _Described = tuple[int, Callable[[Any], list], dict[int, list]]
-_MOST_MADE = 64  # of each; then they are made anew
+_MOST_MADE = 1024  # of each, as the caches of a model's layers have; then they are made anew
 
 
 class Replay:
@@ -56,6 +56,10 @@ class Replay:
 
         Tensors, addresses or descriptors must be as aligned and laid out as those that it was compiled for.
         """
+        self.launch(self.expanded(*tensors))
+
+    def expanded(self, *tensors: Any) -> list:
+        """The first arguments, with what the copy engine reads in place of descriptors."""
         arguments = list(tensors)
         for i, make, made in self._described:  # from the last one, since each takes several places
             x = tensors[i]
@@ -66,6 +70,10 @@ class Replay:
                     made.clear()
                 known = made[address] = make(x)
             arguments[i : i + 1] = known
+        return arguments
+
+    def launch(self, arguments: list) -> None:
+        """Launch with all arguments in front of the numbers, descriptors as `expanded` returns them."""
         stream = torch._C._cuda_getCurrentRawStream(self._device)
         self._launch(*self._grid, stream, *self._middle, *arguments, *self._tail)
 
