@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flash_attn_plus.kernels.gluon import band as band_kernels
-from flash_attn_plus.kernels.gluon.backward_ends import LOG2E, attention_prepare_kernel
+from flash_attn_plus.kernels.gluon.backward_ends import COLS, LOG2E, attention_prepare_kernel
 
 
 @pytest.fixture
@@ -45,10 +45,11 @@ def test_a_tile_of_queries_has_as_many_parts_as_tiles_of_keys_name_it(plain, sid
         assert [plain("parts", band, tile * rows, rows, cols) for tile in range(len(parts))] == parts, vars(band)
 
 
+@pytest.mark.parametrize("scale", [None, 0.125, -3.0])
 @pytest.mark.parametrize("lengths", [None, (70, 0, 130, 5)])
 @pytest.mark.parametrize(("head_dim", "width", "align"), [(40, 64, 128), (96, 128, 64)])
-def test_counters_of_parts_begin_at_0(head_dim, width, align, lengths):
-    """As many as tiles; what no tile has is left alone, as are statistics there."""
+def test_statistics_and_counters_of_parts(head_dim, width, align, lengths, scale):
+    """As many as tiles; what no tile has is left alone. With a scale, statistics are terms."""
     heads, longest = 2, max(lengths or (150,))
     batch = len(lengths or (1, 2))
     starts = [0, *torch.tensor(lengths).cumsum(0).tolist()] if lengths else None
@@ -57,25 +58,35 @@ def test_counters_of_parts_begin_at_0(head_dim, width, align, lengths):
     shape = (starts[-1], heads, head_dim) if starts else (batch, longest, heads, head_dim)
     out, dout = torch.randn(shape), torch.randn(shape)
     strides = (0, *out.stride()[:2]) if starts else out.stride()[:3]
-    lse = torch.randn(heads, starts[-1]) if starts else torch.randn(batch, heads, longest)
+    lse = 100 * torch.randn(heads, starts[-1]) if starts else 100 * torch.randn(batch, heads, longest)
+    lse[..., 3] = torch.inf
     delta, statistics = torch.full_like(lse, torch.nan), torch.full((2, lines, height), torch.nan)
+    if scale is not None:
+        statistics = torch.full((lines, height, COLS.value), torch.nan, dtype=torch.bfloat16)
     parts = torch.full((lines, height // align), 7, dtype=torch.int32)
     cu = torch.tensor(starts, dtype=torch.int32) if starts else None
     grid = (-(-longest // align) * (align // 32) * heads * batch,)
     attention_prepare_kernel[grid](
         out, dout, lse, None, delta, statistics, parts, cu, *strides, *strides, lse.shape[-1], lines, height, longest,
-        heads, HEAD_DIM=head_dim, BLOCK_D=width, ROWS=32, ALIGN=align,
+        heads, 1 / (scale or 1), HEAD_DIM=head_dim, BLOCK_D=width, ROWS=32, ALIGN=align,
     )  # fmt: skip
     expected = (out * dout).sum(-1).transpose(-1, -2)
     torch.testing.assert_close(delta, expected)
     used = torch.zeros(height, dtype=torch.bool)
+    weighed = lse * LOG2E.value
+    if scale is not None:
+        assert statistics[:, :, 6:].nan_to_num(0).eq(0).all()
+        statistics = torch.stack([statistics[..., at : at + 3].double().sum(-1) for at in (0, 3)])
+        weighed = (lse.double() / scale).clamp(-1e30, 1e30)
     for i, length in enumerate(lengths or (longest,)):
         first = (starts[i] + i * align) // align * align if starts else 0
-        used[first : first + -(-length // align) * align] = True
+        end = first + -(-length // align) * align
+        used[first:end] = True
         at = slice(starts[i], starts[i] + length) if starts else slice(None)
         rows = slice(first, first + length)
-        torch.testing.assert_close(statistics[0, :, rows], (lse[..., at] * LOG2E.value).flatten(0, -2))
-        torch.testing.assert_close(statistics[1, :, rows], expected[..., at].flatten(0, -2))
-        assert statistics[0, :, first + length : first + -(-length // align) * align].eq(torch.inf).all()
+        for found, value in zip(statistics, (weighed, expected), strict=True):
+            value = value[..., at].flatten(0, -2).to(found.dtype)
+            torch.testing.assert_close(found[:, rows], value, rtol=1e-6, atol=1e-5)
+        assert statistics[0, :, first + length : end].mul(scale or 1).ge(1e29).all()
     assert statistics[:, :, ~used].isnan().all()
     assert parts.eq(torch.where(used[::align], 0, 7)).all()

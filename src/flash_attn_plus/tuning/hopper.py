@@ -59,13 +59,14 @@ FORWARD = {
 }
 # A kernel of dq's own makes 7 products of 5, but no sums in memory. So it is faster for short sequences, and repeatable
 # ones cost 12 to 26 % from 8,192 keys on. Sums that nobody clears first or rounds afterwards took
-# 1,024 keys of head dim 64 from 310 to 338 TFLOP/s, 2,048 of 128 from 420 to 448, packed documents from 459 to 476.
+# 1,024 keys of head dim 64 from 310 to 338 TFLOP/s, 2,048 of 128 from 420 to 448; statistics subtracted by products
+# packed documents from 465 to 495.
 BACKWARD = {
     # Tiles of 128 queries: 444 against 383 TFLOP/s with 64 at 8,192 keys; their weights in halves, which do not spill,
     # 526 against 475. Sums win from 256 visible keys on, by 8 to 12 %, and lose 6 % at 128.
-    64: BackwardTile(128, 128, 128, 240, 24, spills=12),
+    64: BackwardTile(128, 128, 128, 240, 24, spills=4),
     # By 3 to 6 % at 256, by 11 to 15 % at 512.
-    128: BackwardTile(64, 128, 128, 240, 24, spills=16),
+    128: BackwardTile(64, 128, 128, 240, 24),
     # One kernel for all three, with its tiles of 64 keys, adds to dq twice as often: 243 TFLOP/s against 436.
     256: BackwardTile(64, 64, 0, 240, 24, is_wide=True),
 }

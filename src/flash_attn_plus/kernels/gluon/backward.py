@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from flash_attn_plus.kernels.gluon.backward_statistics import DELTA, LSE, new_statistics
 from flash_attn_plus.kernels.gluon.backward_sums import (
     DQ_FULL,
     HELD_COLS,
@@ -63,9 +64,35 @@ def _parts(x, layout: gl.constexpr):
 
 
 @gluon.jit
-def _step(i, is_masked, row0, diagonal, slope, dk, dv, shared, limits, band, rule, WG: gl.constexpr,
+def _dq(stage, shared, WG: gl.constexpr):
+    """Issue the product for one half of dq."""
+    k = shared.keys.tiles.index(0)
+    ds = shared.ds_tiles.index(stage)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIDE, 16])
+    no_dq = gl.zeros([SIDE, SIDE], gl.float32, layout)
+    if k.shape[1] == SIDE:  # of the rows, else of the columns
+        dq = warpgroup_mma(ds.slice(WG * SIDE, SIDE, 1).permute((1, 0)), k, no_dq, use_acc=False, is_async=True)
+    else:
+        dq = warpgroup_mma(ds.permute((1, 0)), k.slice(WG * SIDE, SIDE, 1), no_dq, use_acc=False, is_async=True)
+    return dq
+
+
+@gluon.jit
+def _send(dq, shared, WG: gl.constexpr):
+    """Hand one half of dq to the writer."""
+    shared.dq_tiles.index(WG).store(as_held(dq))
+    fence_async_shared()
+    named_arrive(DQ_FULL + WG, 160)
+
+
+@gluon.jit
+def _step(i, done, is_last, is_masked, row0, diagonal, slope, dk, dv, shared, limits, band, rule, WG: gl.constexpr,
           HAS_MASK: gl.constexpr, HAS_DQ: gl.constexpr):  # fmt: skip
-    """One tile of queries: (dk, dv) with its part added, dq's part handed to the writer."""
+    """One tile of queries: (dk, dv) with its part added, dq's part handed to the writer.
+
+    With the last one the keys' tile is done: V is released after its product and K after dq's, so that the next ones
+    are copied meanwhile. `is_last` None: later, by the caller.
+    """
     BLOCK_D: gl.constexpr = shared.keys.tiles.shape[2]
     BLOCK_M: gl.constexpr = shared.queries.tiles.shape[1]
     KEYS: gl.constexpr = shared.keys.tiles.shape[1] // 2
@@ -74,32 +101,37 @@ def _step(i, is_masked, row0, diagonal, slope, dk, dv, shared, limits, band, rul
     whole_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     kv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
-    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIDE, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, kv_layout, 2)
     columns: gl.constexpr = gl.SliceLayout(0, s_layout)
     no_scores = gl.zeros([KEYS, BLOCK_M], gl.float32, whole_layout)
-    no_dq = gl.zeros([SIDE, SIDE], gl.float32, dq_layout)
-    k = shared.keys.tiles.index(0)
-    own_v = shared.values.tiles.index(0).slice(WG * KEYS, KEYS, 0)
+    zero = 0
+    if HAS_MASK or BLOCK_D == 128:
+        # unknown to the compiler, which else keeps descriptors of K and V in registers and other things in memory: 15
+        # to 20 accesses a step, and 15 % less speed at head dim 128 causal
+        zero = i >> 31
+    own_k = shared.keys.tiles.index(zero).slice(WG * KEYS, KEYS, 0)
+    own_v = shared.values.tiles.index(zero).slice(WG * KEYS, KEYS, 0)
     stage = i % 2
     q = shared.queries.tile(i)
     do = shared.gradients.tile(i)
-    lses = shared.lses.index(stage).reshape([BLOCK_M])
-    deltas = shared.deltas.index(stage).reshape([BLOCK_M])
+    statistics = shared.statistics
     own_ds = shared.ds_tiles.index(stage).slice(WG * KEYS, KEYS, 0)
     shared.queries.wait(i)
-    own_k = k.slice(WG * KEYS, KEYS, 0)
     s = warpgroup_mma(own_k, q.permute((1, 0)), no_scores, use_acc=False, is_async=True)
+    s = statistics.subtract(i, LSE, s, KEYS, whole_layout)
     shared.gradients.wait(i)
     dp = warpgroup_mma(own_v, do.permute((1, 0)), no_scores, use_acc=False, is_async=True)
-    s = _parts(warpgroup_mma_wait(1, deps=(s,)), s_layout)
+    dp = statistics.subtract(i, DELTA, dp, KEYS, whole_layout)
+    s = _parts(warpgroup_mma_wait(2 if statistics.are_terms else 1, deps=(s,)), s_layout)
     for at in gl.static_range(0, BLOCK_M, PART):
         scores, steepness = rule.apply(s[at // PART], slope, diagonal, row0 + at, s_layout)
         if HAS_MASK:
             if is_masked:
                 scores = band.mask_queries(scores, limits, row0 + at, s_layout)
-        lse = lses.slice(at, PART).load(columns)
-        p = gl.exp2(scores * rule.factor() - gl.expand_dims(lse, 0))
+        exponents = scores * rule.factor()
+        if not statistics.are_terms:
+            exponents -= gl.expand_dims(statistics.read(i, LSE, at, PART, columns), 0)
+        p = gl.exp2(exponents)
         weights = gl.convert_layout(p.to(dtype), p_layout, assert_trivial=True)
         dv = warpgroup_mma(weights, do.slice(at, PART, 0), dv, is_async=True)
         if rule.has_softcap:
@@ -110,8 +142,13 @@ def _step(i, is_masked, row0, diagonal, slope, dk, dv, shared, limits, band, rul
             shared.gradients.wait(i)  # over long since; likewise
         if at == 0:
             dp = _parts(warpgroup_mma_wait(1, deps=(dp,)), s_layout)
-        delta = deltas.slice(at, PART).load(columns)  # late: registers are short before
-        ds = (p * (dp[at // PART] - gl.expand_dims(delta, 0))).to(dtype)
+            if is_last is not None:
+                if is_last:
+                    shared.values.release(done)
+        dp_part = dp[at // PART]
+        if not statistics.are_terms:  # late: registers are short before
+            dp_part -= gl.expand_dims(statistics.read(i, DELTA, at, PART, columns), 0)
+        ds = (p * dp_part).to(dtype)
         if HAS_DQ:
             own_ds.slice(at, PART, 1).store(ds)
         if at < LAST:
@@ -121,26 +158,44 @@ def _step(i, is_masked, row0, diagonal, slope, dk, dv, shared, limits, band, rul
     if HAS_DQ:
         fence_async_shared()
         named_sync(_BOTH, 256)  # ds is complete, and its other stage free to be written next
-        if BLOCK_D == SIDE:  # one half of the rows, else of the columns
-            ds_rows = shared.ds_tiles.index(stage).slice(WG * SIDE, SIDE, 1)
-            dq = warpgroup_mma(ds_rows.permute((1, 0)), k, no_dq, use_acc=False, is_async=True)
-        else:
-            half_k = k.slice(WG * SIDE, SIDE, 1)
-            ds_all = shared.ds_tiles.index(stage).permute((1, 0))
-            dq = warpgroup_mma(ds_all, half_k, no_dq, use_acc=False, is_async=True)
+        dq = _dq(stage, shared, WG)
     dk = warpgroup_mma(gl.convert_layout(ds, p_layout, assert_trivial=True), q.slice(LAST, PART, 0), dk, is_async=True)
     if HAS_DQ:
         dq, dv = warpgroup_mma_wait(1, deps=(dq, dv))
+        if is_last is not None:
+            if is_last:
+                shared.keys.release(done)
         shared.gradients.release(i)
-        shared.dq_tiles.index(WG).store(as_held(dq))
-        fence_async_shared()
-        named_arrive(DQ_FULL + WG, 160)
+        _send(dq, shared, WG)
     else:
         dv = warpgroup_mma_wait(1, deps=(dv,))
+        if is_last is not None:
+            if is_last:
+                shared.keys.release(done)
         shared.gradients.release(i)
     dk = warpgroup_mma_wait(0, deps=(dk,))
     shared.queries.release(i)
     return dk, dv
+
+
+@gluon.jit
+def _pass_by(i, shared, WG: gl.constexpr, HAS_DQ: gl.constexpr):
+    """One tile of queries that see none of this warpgroup's keys: its half of dq, from the others'."""
+    BLOCK_M: gl.constexpr = shared.queries.tiles.shape[1]
+    KEYS: gl.constexpr = shared.keys.tiles.shape[1] // 2
+    ds_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    shared.queries.wait(i)
+    shared.gradients.wait(i)
+    if HAS_DQ:
+        stage = i % 2
+        no_ds = gl.zeros([KEYS, BLOCK_M], shared.keys.tiles.dtype, ds_layout)
+        shared.ds_tiles.index(stage).slice(WG * KEYS, KEYS, 0).store(no_ds)
+        mbarrier.wait(shared.dq_empty.index(WG), (i & 1) ^ 1)
+        fence_async_shared()
+        named_sync(_BOTH, 256)
+        _send(warpgroup_mma_wait(0, deps=(_dq(stage, shared, WG),)), shared, WG)
+    shared.gradients.release(i)
+    shared.queries.release(i)
 
 
 @gluon.jit
@@ -153,6 +208,7 @@ def _consumer(dk_desc, dv_desc, shared, work, rule, scale, WG: gl.constexpr, HAS
     dtype: gl.constexpr = shared.keys.tiles.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     kv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    EARLY: gl.constexpr = HAS_MASK or BLOCK_D == 64  # of a full band at head dim 128 it costs 1 %
     OUTS: gl.constexpr = HELD_ROWS * HELD_COLS * 32 // dtype.primitive_bitwidth // (KEYS * BLOCK_D)
     out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, BLOCK_D], dtype)
     out = reinterpret(shared.dq_tiles.index(WG), dtype, [OUTS, KEYS, BLOCK_D], out_layout).index(0)
@@ -173,14 +229,27 @@ def _consumer(dk_desc, dv_desc, shared, work, rule, scale, WG: gl.constexpr, HAS
         diagonal = t.col0 + WG * KEYS - t.first * BLOCK_M - (t.band.len_k - t.band.len_q)
         shared.keys.wait(done)
         shared.values.wait(done)
-        for i in range(n, end):
+        passed = 0
+        if WG == 1 and work.has_right:
+            passed = gl.where((diagonal - t.band.right >= BLOCK_M) & (n < end), 1, 0)
+            if passed > 0:
+                _pass_by(n, shared, WG, HAS_DQ)
+            tile = gl.where(passed == tiles, 0, passed)
+            head += gl.where(passed == tiles, 1, 0)
+        if EARLY:
+            if n + passed >= end:
+                shared.values.release(done)
+                shared.keys.release(done)
+        for i in range(n + passed, end):
             slope = rule.slope(t.batch, head)
-            dk, dv = _step(i, tile < masked, tile * BLOCK_M, diagonal, slope, dk, dv, shared, limits, t.band, rule, WG,
-                           HAS_MASK, HAS_DQ)  # fmt: skip
+            is_last = i + 1 == end if EARLY else None
+            dk, dv = _step(i, done, is_last, tile < masked, tile * BLOCK_M, diagonal, slope, dk, dv, shared, limits,
+                           t.band, rule, WG, HAS_MASK, HAS_DQ)  # fmt: skip
             tile = gl.where(tile + 1 == tiles, 0, tile + 1)
             head = gl.where(tile == 0, head + 1, head)
-        shared.values.release(done)
-        shared.keys.release(done)
+        if not EARLY:
+            shared.values.release(done)
+            shared.keys.release(done)
         n = end
         t = work.receive(shared.mailbox, done)  # read again, so that it takes no registers in between
         if HAS_DQ:
@@ -231,8 +300,7 @@ def attention_backward_kernel(
     values = new_ring(dtype, 1, BLOCK_N, BLOCK_D, _RINGS + 1, 2)
     queries = new_ring(dtype, STAGES, BLOCK_M, BLOCK_D, _RINGS + 2, 2)
     gradients = new_ring(dtype, STAGES, BLOCK_M, BLOCK_D, _RINGS + 2 + STAGES, 2)
-    lses = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, BLOCK_M], stat_desc.layout)
-    deltas = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, BLOCK_M], stat_desc.layout)
+    statistics = new_statistics(stat_desc, BLOCK_M, BLOCK_N // 2, STAGES, BLOCK_D > 64)
     ds_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_M], ds_layout)
     dq_tiles = gl.allocate_shared_memory(gl.float32, [2, HELD_ROWS, HELD_COLS], dq_layout)
     dq_empty = new_barriers(2, 1)
@@ -241,7 +309,7 @@ def attention_backward_kernel(
     work = Work(cu_q_ptr, cu_k_ptr, batch, heads, group, chunk, len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT,
                 BLOCK_M, BLOCK_N)  # fmt: skip
     rule = Rule(scale_log2, cap_scale, cap, slopes_ptr, slope_stride, HAS_SOFTCAP)
-    shared = Shared(keys, values, queries, gradients, lses, deltas, ds_tiles, dq_tiles, dq_empty, mailbox)
+    shared = Shared(keys, values, queries, gradients, statistics, ds_tiles, dq_tiles, dq_empty, mailbox)
     if HAS_DQ:
         sums = Sums(sum_desc, parts_ptr)
         rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, SIDE], dtype)

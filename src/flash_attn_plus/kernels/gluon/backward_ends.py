@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+COLS: tl.constexpr = tl.constexpr(16)  # of terms (see kernels/gluon/backward_statistics.py)
 
 
 @triton.jit
@@ -40,6 +41,17 @@ def _rows(cu_q_ptr, len_q, heads, ROWS: tl.constexpr, ALIGN: tl.constexpr):
     return batch, head, row0, start, len_q, padded
 
 
+@triton.jit
+def _terms(x, first, column):
+    """Three bfloat16 terms of float32 rows in the columns from `first` on, zeros elsewhere."""
+    terms = tl.zeros_like(x[:, None] + column)
+    for i in tl.static_range(3):
+        term = x.to(tl.bfloat16).to(tl.float32)
+        terms = tl.where(column == first + i, term[:, None], terms)
+        x -= term
+    return terms
+
+
 @triton.jit(
     do_not_specialize=["stride_ob", "stride_os", "stride_oh", "stride_gb", "stride_gs", "stride_gh", "lse_rows",
                        "lines", "padded_rows", "len_q", "heads"],
@@ -48,14 +60,15 @@ def _rows(cu_q_ptr, len_q, heads, ROWS: tl.constexpr, ALIGN: tl.constexpr):
 def attention_prepare_kernel(
     out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, statistics_ptr, parts_ptr, cu_q_ptr,
     stride_ob, stride_os, stride_oh, stride_gb, stride_gs, stride_gh,
-    lse_rows, lines, padded_rows, len_q, heads,
+    lse_rows, lines, padded_rows, len_q, heads, inverse_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(out * dout) - dlse, and statistics (log2 LSE, delta) for the main kernel.
 
-    Statistics are (2, lines, padded_rows), where a line is a head, of a batch unless rows are packed. Rows beyond a
-    sequence get an LSE of +inf, so their weights are 0. `parts_ptr`, unless None: zeros, one for each line's tile of
-    ALIGN rows.
+    Statistics are (2, lines, padded_rows), where a line is a head, of a batch unless rows are packed; in bfloat16 they
+    are (lines, padded_rows, 16) terms of LSE / softmax_scale and of delta, `inverse_scale` being 1 / softmax_scale.
+    Rows beyond a sequence get an LSE of +inf, or as good as that, so their weights are 0. `parts_ptr`, unless None:
+    zeros, one for each line's tile of ALIGN rows.
     """
     batch, head, row0, start, length, padded = _rows(cu_q_ptr, len_q, heads, ROWS, ALIGN)
     if row0 >= tl.cdiv(length, ALIGN) * ALIGN:
@@ -74,8 +87,15 @@ def attention_prepare_kernel(
     tl.store(delta_ptr + offset, delta, is_row)
     lse = tl.load(lse_ptr + offset, is_row, float("inf"))
     slot = line.to(tl.int64) * _aligned(padded_rows) + padded + rows
-    tl.store(statistics_ptr + slot, lse * LOG2E)
-    tl.store(statistics_ptr + lines.to(tl.int64) * _aligned(padded_rows) + slot, delta)
+    if statistics_ptr.dtype.element_ty == tl.float32:
+        tl.store(statistics_ptr + slot, lse * LOG2E)
+        tl.store(statistics_ptr + lines.to(tl.int64) * _aligned(padded_rows) + slot, delta)
+    else:
+        column = tl.arange(0, COLS)[None, :]
+        # finite, since zeros stand beside it in products; more than any product that a float32 exponent can outweigh
+        lse = tl.minimum(tl.maximum(lse * inverse_scale, -1e30), 1e30)
+        terms = _terms(lse, 0, column) + _terms(delta, 3, column)
+        tl.store(statistics_ptr + slot[:, None] * COLS + column, terms.to(tl.bfloat16))
     if parts_ptr is not None:
         if row0 % ALIGN == 0:
             tl.store(parts_ptr + (line.to(tl.int64) * _aligned(padded_rows) + padded + row0) // ALIGN, 0)

@@ -8,6 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma, warpgroup_mma_wait
 
+from flash_attn_plus.kernels.gluon.backward_statistics import DELTA, LSE, Statistics, new_statistics
 from flash_attn_plus.kernels.gluon.backward_work import Work, producer
 from flash_attn_plus.kernels.gluon.hopper import (
     Ring,
@@ -35,8 +36,7 @@ class Shared:
     values: Ring
     queries: Ring
     gradients: Ring
-    lses: gl.shared_memory_descriptor
-    deltas: gl.shared_memory_descriptor
+    statistics: Statistics
     p_tiles: gl.shared_memory_descriptor
     mailbox: Mailbox
 
@@ -75,7 +75,7 @@ def _dv_consumer(dv_desc, shared, work, rule, HAS_MASK: gl.constexpr):
             shared.queries.wait(i)
             q = shared.queries.tile(i).permute((1, 0))
             s = warpgroup_mma(k, q, no_scores, use_acc=False, is_async=True)
-            lse = shared.lses.index(i % 2).reshape([BLOCK_M]).load(gl.SliceLayout(0, s_layout))
+            lse = shared.statistics.read(i, LSE, 0, BLOCK_M, gl.SliceLayout(0, s_layout))
             s = warpgroup_mma_wait(0, deps=(s,))
             shared.queries.release(i)
             s, steepness = rule.apply(s, rule.slope(t.batch, head), diagonal, tile * BLOCK_M, s_layout)
@@ -135,7 +135,7 @@ def _dk_consumer(dk_desc, shared, work, scale):
             shared.gradients.wait(i)
             do = shared.gradients.tile(i).permute((1, 0))
             dp = warpgroup_mma(v, do, no_scores, use_acc=False, is_async=True)
-            delta = shared.deltas.index(i % 2).reshape([BLOCK_M]).load(gl.SliceLayout(0, s_layout))
+            delta = shared.statistics.read(i, DELTA, 0, BLOCK_M, gl.SliceLayout(0, s_layout))
             dp = warpgroup_mma_wait(0, deps=(dp,))
             shared.gradients.release(i)
             named_sync(_P_FULL + i % 2, 256)
@@ -189,15 +189,14 @@ def attention_backward_wide_kernel(
     values = new_ring(dtype, 1, BLOCK_N, BLOCK_D, _RINGS + 1, 1)
     queries = new_ring(dtype, STAGES, BLOCK_M, BLOCK_D, _RINGS + 2, 2)
     gradients = new_ring(dtype, STAGES, BLOCK_M, BLOCK_D, _RINGS + 2 + STAGES, 2)
-    lses = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, BLOCK_M], stat_desc.layout)
-    deltas = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, BLOCK_M], stat_desc.layout)
+    statistics = new_statistics(stat_desc, BLOCK_M, 0, STAGES, False)
     p_tiles = gl.allocate_shared_memory(gl.float32, [2, BLOCK_N, BLOCK_M], p_layout)
     mailbox = new_mailbox(7, 2)
     fence_async_shared()
     work = Work(cu_q_ptr, cu_k_ptr, batch, heads, group, chunk, len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT,
                 BLOCK_M, BLOCK_N)  # fmt: skip
     rule = Rule(scale_log2, cap_scale, cap, slopes_ptr, slope_stride, HAS_SOFTCAP)
-    shared = Shared(keys, values, queries, gradients, lses, deltas, p_tiles, mailbox)
+    shared = Shared(keys, values, queries, gradients, statistics, p_tiles, mailbox)
     gl.warp_specialize([
         (_dv_consumer, (dv_desc, shared, work, rule, HAS_MASK)),
         (_dk_consumer, (dk_desc, shared, work, scale)),

@@ -3,8 +3,9 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from flash_attn_plus.kernels.gluon.backward_statistics import DELTA, LSE, Statistics
 from flash_attn_plus.kernels.gluon.band import Band, span
-from flash_attn_plus.kernels.gluon.hopper import Ring, copy_in, load_tile, record
+from flash_attn_plus.kernels.gluon.hopper import Ring, load_tile, record
 from flash_attn_plus.kernels.gluon.tiles import Mailbox, draw, place, reset
 
 
@@ -138,8 +139,7 @@ class Shared:
     values: Ring
     queries: Ring
     gradients: Ring
-    lses: gl.shared_memory_descriptor
-    deltas: gl.shared_memory_descriptor
+    statistics: Statistics
     ds_tiles: gl.shared_memory_descriptor
     dq_tiles: gl.shared_memory_descriptor  # one for each consumer
     dq_empty: gl.shared_memory_descriptor
@@ -151,10 +151,10 @@ def _fill(i, desc, stat_desc, WHICH: gl.constexpr, ring, statistics, t, head, ti
     """Copy in the i-th tile of Q or dO with its rows' statistic."""
     row = tile * t.BLOCK_M
     at_batch, at_head, at_row = t.padded_row(head, row)
-    full = ring.acquire(i, desc.block_type.nbytes + stat_desc.block_type.nbytes)
+    HAS_MORE: gl.constexpr = WHICH == LSE or not statistics.are_terms
+    full = ring.acquire(i, desc.block_type.nbytes + (stat_desc.block_type.nbytes if HAS_MORE else 0))
     load_tile(desc, t.batch, t.q_start, t.band.len_q, head, row, full, ring.tile(i))
-    at = [WHICH, at_batch * t.heads + at_head, at_row]
-    copy_in(stat_desc, at, full, statistics.index(i % statistics.shape[0]))
+    statistics.copy(i, stat_desc, WHICH, at_batch * t.heads + at_head, at_row, full)
 
 
 @gluon.jit
@@ -188,22 +188,22 @@ def producer(q_desc, k_desc, v_desc, do_desc, stat_desc, shared, work, counter_p
             tile = t.first
             steps = t.steps()
             if steps > 0:  # what is free first comes first
-                _fill(n, q_desc, stat_desc, 0, shared.queries, shared.lses, t, head, tile)
+                _fill(n, q_desc, stat_desc, LSE, shared.queries, shared.statistics, t, head, tile)
             full = shared.values.acquire(sent, v_desc.block_type.nbytes)
             load_tile(v_desc, t.batch, t.k_start, t.band.len_k, t.head_k, t.col0, full, shared.values.tile(sent))
             full = shared.keys.acquire(sent, k_desc.block_type.nbytes)
             load_tile(k_desc, t.batch, t.k_start, t.band.len_k, t.head_k, t.col0, full, shared.keys.tile(sent))
             if steps > 0:
-                _fill(n, do_desc, stat_desc, 1, shared.gradients, shared.deltas, t, head, tile)
+                _fill(n, do_desc, stat_desc, DELTA, shared.gradients, shared.statistics, t, head, tile)
             number = _draw(number, tiles, counter_ptr, DRAWS_ALL)  # here the counter's latency is hidden
             for i in range(n + 1, n + steps):
                 head, tile = t.after(head, tile)
                 if q_desc.block_type.shape[-1] == 128:  # dO's stage is free first: up to 3 % for 16,384 keys
-                    _fill(i, do_desc, stat_desc, 1, shared.gradients, shared.deltas, t, head, tile)
-                    _fill(i, q_desc, stat_desc, 0, shared.queries, shared.lses, t, head, tile)
+                    _fill(i, do_desc, stat_desc, DELTA, shared.gradients, shared.statistics, t, head, tile)
+                    _fill(i, q_desc, stat_desc, LSE, shared.queries, shared.statistics, t, head, tile)
                 else:
-                    _fill(i, q_desc, stat_desc, 0, shared.queries, shared.lses, t, head, tile)
-                    _fill(i, do_desc, stat_desc, 1, shared.gradients, shared.deltas, t, head, tile)
+                    _fill(i, q_desc, stat_desc, LSE, shared.queries, shared.statistics, t, head, tile)
+                    _fill(i, do_desc, stat_desc, DELTA, shared.gradients, shared.statistics, t, head, tile)
             n += steps
             sent += 1
         else:
