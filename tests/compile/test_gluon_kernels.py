@@ -15,6 +15,7 @@ from flash_attn_plus.kernels.gluon import backward_ends as ends_kernels
 from flash_attn_plus.kernels.gluon import backward_wide as wide_kernels
 from flash_attn_plus.kernels.gluon import forward as forward_kernels
 from flash_attn_plus.problem import AttentionInputs, describe
+from flash_attn_plus.testing import Case
 from flash_attn_plus.tuning import hopper
 
 PREPARE = "attention_prepare_kernel"
@@ -26,7 +27,8 @@ MODIFIED = {
     (128, "causal_alibi"): 12,
     (256, "causal_softcap"): 32,
 }
-ROWS = [(name, kind) for name in hopper.FORWARD for kind in (("full", "packed") if "long" in name else KINDS)]
+OTHERS = {"64 long": ("full", "packed"), "64 tall": (*KINDS, "causal_softcap")}
+ROWS = [(name, kind) for name in hopper.FORWARD for kind in OTHERS.get(name, KINDS)]
 
 
 def launches(
@@ -60,8 +62,11 @@ def local_accesses(loop: list[str]) -> int:
 
 
 @pytest.mark.parametrize(("name", "kind"), ROWS)
-def test_forward_rows_overlap_softmax_and_products(name, kind):
+def test_forward_rows_overlap_softmax_and_products(name, kind, monkeypatch):
     tile = hopper.FORWARD[name]
+    if "tall" in name:
+        for limit, value in (("MANY", 0), ("MOST", 2), ("MOST_CAUSAL", 2)):
+            monkeypatch.setattr(hopper, limit, value)
     length = hopper.LONG if "long" in name else 512
     found = inspect(launches(int(name.split()[0]), kind, length)["attention_forward_kernel"])
     assert found.shared <= SHARED_MEMORY[HOPPER]
@@ -74,7 +79,7 @@ def test_forward_rows_overlap_softmax_and_products(name, kind):
     assert barriers <= 16, "a processor has 16 hardware barriers"
     for loop in found.loops:
         if tile.frees_early:
-            assert tile.has_turns, "no other warpgroup's products run beside the softmax"
+            assert tile.has_turns or tile.consumers == 4, "no other warpgroup's products run beside the softmax"
             last = max(i for i, line in enumerate(loop) if "WARPGROUP.DEPBAR" in line)
             assert sum("MUFU.EX2" in line for line in loop[last:]) >= tile.block_n // 2, "V is released late"
         else:
@@ -83,6 +88,46 @@ def test_forward_rows_overlap_softmax_and_products(name, kind):
         scalings = sum("FMUL" in line for line in loop[products[0] : products[-1]])
         assert scalings >= int(name.split()[0]) // 2, "o is scaled before the scores' product, not under it"
         assert local_accesses(loop) <= tile.spills, "registers spill in the main loop"
+
+
+MANY = Case(batch=32, seqlen_q=512, seqlen_k=512, heads=32, heads_k=32, head_dim=64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "row"),
+    [
+        ({}, "64 tall"),
+        ({"right": 0, "seqlen_q": 8192, "seqlen_k": 8192}, "64 tall"),
+        ({"right": 0, "seqlen_q": 16384, "seqlen_k": 16384}, "64 long"),
+        ({"right": 0, "seqlen_k": 4096}, "64 tall"),
+        ({"right": 0, "seqlen_k": 8192}, "64 long"),
+        ({"seqlen_q": 2048, "seqlen_k": 2048}, "64 long"),
+        ({"left": 100, "seqlen_q": 4096, "seqlen_k": 4096}, "64 tall"),
+        ({"softcap": 30.0, "seqlen_q": 4096, "seqlen_k": 4096}, "64 tall"),
+        ({"alibi": "batch"}, "64"),
+        ({"seqlen_q": 192}, "64 tall"),
+        ({"seqlen_q": 128}, "64"),
+        ({"seqlen_q": 640}, "64"),
+        ({"seqlen_q": 640, "seqlen_k": 640, "right": 0}, "64 tall"),
+        ({"seqlen_q": 320, "seqlen_k": 320, "right": 0}, "64"),
+        ({"batch": 5}, "64"),
+        ({"batch": 5, "right": 0}, "64 tall"),
+        ({"batch": 3, "right": 0}, "64"),
+        ({"head_dim": 128}, "128"),
+    ],
+)
+def test_rows_serve_what_they_are_for(changes, row):
+    problem = MANY._replace(**changes).problem(torch.bfloat16)
+    tile = hopper.forward_tile(problem)
+    assert tile is hopper.FORWARD[row]
+    assert (hopper.forward_cache(problem, tile) == hopper.CACHE) == ("tall" in row or problem.seqlen_k > hopper.SHORT)
+
+
+@pytest.mark.parametrize(("length", "right", "row"), [(200, 0, "64 tall"), (150, 0, "64"), (300, -1, "64")])
+def test_rows_of_packed_sequences_depend_on_their_average(length, right, row):
+    lengths = (1000, *[(32 * length - 1000) // 31] * 31)
+    problem = MANY._replace(lengths_q=lengths, lengths_k=lengths, right=right).problem(torch.bfloat16)
+    assert hopper.forward_tile(problem, sum(lengths) / 32) is hopper.FORWARD[row]
 
 
 def held(launch: Launch, registers: set[int], loops: int, spills: int) -> HopperReport:
@@ -130,7 +175,7 @@ def test_dq_rows_keep_dq_in_registers(head_dim, kind):
 
 @pytest.mark.parametrize(("head_dim", "kind"), MODIFIED)
 def test_modified_scores_keep_the_tiles(head_dim, kind):
-    found = launches(head_dim, kind, 4096)
+    found = launches(head_dim, kind, 2048)
     tile = hopper.FORWARD[str(head_dim)]
     forward = found.pop("attention_forward_kernel")
     held(forward, {tile.consumer_registers, tile.producer_registers}, tile.consumers, spills=8)

@@ -86,6 +86,38 @@ def test_each_tile_width(kind, head_dim, is_deterministic):
     run(case._replace(**options[kind]), torch.bfloat16, with_dlse=True, is_deterministic=is_deterministic)
 
 
+TALL = {
+    "full": {},
+    "fewer keys": {"seqlen_k": 515},
+    "causal": {"right": 0},
+    "causal, fewer keys": {"seqlen_k": 515, "right": 0},
+    "causal, fewer queries": {"seqlen_q": 717, "right": 0},
+    "window": {"left": 200, "right": 30},
+    "softcap": {"softcap": 5.0, "right": 0},
+    "packed": {"lengths_q": (2700, 1, 0, 2300), "lengths_k": (600, 9, 5, 300), "trailing": 3},
+    "packed, causal": {"lengths_q": (700, 1, 0, 257, 64), "lengths_k": (900, 9, 5, 0, 70), "right": 0},
+    "cache": {"batch": 4, "seqlen_q": 500, "seqlen_k": 1024, "right": 0, "used": (1024, 0, 300, 777)},
+    "pages": {"batch": 4, "seqlen_q": 500, "seqlen_k": 1024, "right": 0, "used": (1024, 0, 300, 777), "page_size": 128},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", TALL)
+def test_tall_tiles(kind, dtype, monkeypatch):
+    """Warpgroups without rows, without visible keys and ahead of others; the same bits each time."""
+    for name, value in (("MANY", 0), ("MOST", 2), ("MOST_CAUSAL", 2)):
+        monkeypatch.setattr(hopper, name, value)
+    case = WIDE._replace(head_dim=64, heads=40, heads_k=20)._replace(**TALL[kind])
+    call = make_inputs(case, dtype, "cuda")
+    problem, queries = call.problem(), call.inputs.q.shape[0] / case.sequences if "packed" in kind else None
+    assert hopper.forward_tile(problem, queries).consumers == 4
+    found = results(call.inputs, problem, call.dout)
+    assert_matches_reference(call, found)
+    for _ in range(50):
+        for name, again in results(call.inputs, problem, call.dout).items():
+            assert torch.equal(again.nan_to_num(), found[name].nan_to_num()), name
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("page_size", [0, 128, 256])
 def test_chunks_of_a_prompt_against_a_cache(page_size, head_dim):

@@ -26,7 +26,7 @@ class ForwardPlan:
     def __init__(self, problem: AttentionProblem, inputs: AttentionInputs):
         p, x = problem, inputs
         width = hopper.padded_head_dim(p.head_dim)
-        tile = hopper.forward_tile(p)
+        tile = hopper.forward_tile(p, x.q.shape[0] / p.batch if p.is_varlen_q else None)
         tiles = p.batch * p.heads * -(-p.seqlen_q // (QUERIES * tile.consumers))
         is_cache = p.has_seqused_k or p.has_leftpad_k or p.page_size > 0
         self._is_even = p.right < 0 and not (p.is_varlen_q or p.is_varlen_k or is_cache)
@@ -37,7 +37,7 @@ class ForwardPlan:
             tiles_of(x.v, tile.block_n, width, is_cache),
         )
         self._tiles = tuple(tiles.of(None) for tiles in boxes)  # plans outlive the tensors of their first call
-        chunk = chunk_of(p.batch * p.heads, p.seqlen_k * width * 4, p.right >= 0, hopper.forward_cache(p))
+        chunk = chunk_of(p.batch * p.heads, p.seqlen_k * width * 4, p.right >= 0, hopper.forward_cache(p, tile))
         self._sizes = (p.batch, p.heads, p.heads // p.heads_k, chunk, p.seqlen_q, p.seqlen_k, p.left, p.right)
         constants = {
             "HAS_LEFT": p.left >= 0,

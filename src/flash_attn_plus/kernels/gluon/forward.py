@@ -1,10 +1,11 @@
-"""Forward pass: two or three warpgroups of 64 queries each share the tiles of K and V that one warp copies in.
+"""Forward pass: two to four warpgroups of 64 queries each share the tiles of K and V that one warp copies in.
 
 A step issues the scores of the next tile and the product with V of the previous one back to back, so the softmax runs
 while the tensor cores work (Shah et al., arXiv 2407.08608). Programs are persistent; the copying warp also hands out
 the tiles, one ahead, so that the next tile's keys arrive during the epilogue of this one. Values are copied behind the
 keys of the next step, which are used before them. Where three warpgroups take turns, one's softmax also runs under the
-others' products.
+others' products. Four warpgroups hide each other's latency: each awaits both products before its softmax, which takes
+few enough registers, and one whose rows see fewer keys runs ahead of the others into the next tile.
 """
 
 from triton.experimental import gluon
@@ -19,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flash_attn_plus.kernels.gluon import softmax
 from flash_attn_plus.kernels.gluon.hopper import named_arrive, named_sync, new_barriers, new_ring, record, store_tile
+from flash_attn_plus.kernels.gluon.places import new_places
 from flash_attn_plus.kernels.gluon.query_tiles import KeysAt, Queries, Work, producer
 from flash_attn_plus.kernels.gluon.score import Rule
 from flash_attn_plus.kernels.gluon.tiles import new_mailbox
@@ -64,6 +66,7 @@ def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, 
     BLOCK_D: gl.constexpr = keys.tiles.shape[2]
     CONSUMERS: gl.constexpr = work.ROWS // BLOCK_M
     IS_AHEAD: gl.constexpr = queries.tiles.shape[0] >= 2 * CONSUMERS
+    AWAITS_BOTH: gl.constexpr = CONSUMERS == 4
     dtype: gl.constexpr = queries.tiles.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -109,13 +112,17 @@ def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, 
         values.wait(n)
         for i in range(1, end - first):
             block = end - 1 - i
-            keys.wait(n + i)
+            if not AWAITS_BOTH:  # else they came with the values
+                keys.wait(n + i)
             turns.wait(WG)
             s = warpgroup_mma(q, keys.tile(n + i).permute((1, 0)), no_scores, use_acc=False, is_async=True)
             o = softmax.rescale(o, gl.convert_layout(decay, o_rows, assert_trivial=True))
             o = warpgroup_mma(weights, values.tile(n + i - 1), o, is_async=True)
             turns.pass_on(WG)
-            s = warpgroup_mma_wait(1, deps=(s,))
+            if AWAITS_BOTH:
+                s, o = warpgroup_mma_wait(0, deps=(s, o))
+            else:
+                s = warpgroup_mma_wait(1, deps=(s,))
             keys.release(n + i)
             s, _ = rule.apply(s, slope, diagonal, block * BLOCK_N, s_layout)
             if (block < full_first) | (block >= full_end):
@@ -123,8 +130,9 @@ def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, 
             row_max, decay, p, row_sum = softmax.step(s, rule.factor(), row_max, row_sum)
             if not FREES_EARLY:
                 values.wait(n + i)  # used in the next step; here it keeps the compiler from waiting for o any earlier
-            o = warpgroup_mma_wait(0, deps=(o,))
-            values.release(n + i - 1)
+            if not AWAITS_BOTH:
+                o = warpgroup_mma_wait(0, deps=(o,))
+                values.release(n + i - 1)
             if FREES_EARLY:
                 values.wait(n + i)
             weights = gl.convert_layout(p.to(dtype), p_layout, assert_trivial=True)
@@ -149,6 +157,9 @@ def _consumer(o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, 
         batch, head, row0, q_start, band = following
     if WG == 0:
         turns.wait(WG)  # hardware barriers must be even when the kernel ends
+    if AWAITS_BOTH:
+        if done > 0:
+            keys.release(n)
     tma.store_wait(0)
 
 
@@ -180,8 +191,11 @@ def attention_forward_kernel(
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], dtype)
     q_tiles = gl.allocate_shared_memory(dtype, [Q_TILES, BLOCK_M, BLOCK_D], layout)
     queries = Queries(q_tiles, new_barriers(Q_TILES, 1), new_barriers(Q_TILES, 1))
-    keys = new_ring(dtype, K_STAGES, BLOCK_N, BLOCK_D, 6, CONSUMERS)
-    values = new_ring(dtype, V_STAGES, BLOCK_N, BLOCK_D, 6 + K_STAGES, CONSUMERS)
+    if CONSUMERS == 4:
+        keys, values = new_places(dtype, K_STAGES, BLOCK_N, BLOCK_D, 6, CONSUMERS)
+    else:
+        keys = new_ring(dtype, K_STAGES, BLOCK_N, BLOCK_D, 6, CONSUMERS)
+        values = new_ring(dtype, V_STAGES, BLOCK_N, BLOCK_D, 6 + K_STAGES, CONSUMERS)
     turns = Turns(6 + K_STAGES + V_STAGES, CONSUMERS if HAS_TURNS else 0)
     mailbox = new_mailbox(6, CONSUMERS)
     fence_async_shared()
@@ -196,7 +210,7 @@ def attention_forward_kernel(
             (producer, (q_desc, None, k_desc, v_desc, queries, None, keys, values, mailbox, work, group,
                         counter_ptr, -1, 1)),
         ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
-    else:
+    elif CONSUMERS == 3:
         gl.warp_specialize([
             (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, work, rule, FREES_EARLY, 0)),
             (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, work, rule, FREES_EARLY, 1)),
@@ -204,3 +218,12 @@ def attention_forward_kernel(
             (producer, (q_desc, None, k_desc, v_desc, queries, None, keys, values, mailbox, work, group,
                         counter_ptr, -1, 1)),
         ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, work, rule, FREES_EARLY, 0)),
+            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, work, rule, FREES_EARLY, 1)),
+            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, work, rule, FREES_EARLY, 2)),
+            (_consumer, (o_desc, lse_ptr, lse_rows, queries, keys, values, mailbox, turns, work, rule, FREES_EARLY, 3)),
+            (producer, (q_desc, None, k_desc, v_desc, queries, None, keys, values, mailbox, work, group,
+                        counter_ptr, -1, 1, True)),
+        ], [4, 4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip

@@ -19,8 +19,9 @@ copy_each = getattr(async_copy, "async_load", None) or async_copy.async_copy_glo
 # RAGGED and the copy engine clips every tile at the end of its sequence (see `packed` in the launcher).
 RAGGED = gl.constexpr(1 << 30)
 
-_SYNC = gl.constexpr({n: f"bar.sync $1, {n}; mov.u32 $0, 0;" for n in (160, 256, 288, 416)})
-_ARRIVE = gl.constexpr({n: f"bar.arrive $1, {n}; mov.u32 $0, 0;" for n in (160, 256, 288, 416)})
+_THREADS = (160, 256, 288, 416, 544)  # one warp or one warpgroup, and up to four warpgroups
+_SYNC = gl.constexpr({n: f"bar.sync $1, {n}; mov.u32 $0, 0;" for n in _THREADS})
+_ARRIVE = gl.constexpr({n: f"bar.arrive $1, {n}; mov.u32 $0, 0;" for n in _THREADS})
 
 
 @builtin
@@ -54,7 +55,7 @@ def record(cls: type) -> type:
 
 @gluon.jit
 def named_sync(barrier, THREADS: gl.constexpr):
-    """Wait at a hardware barrier until THREADS threads have arrived; ids below 4 are Gluon's own."""
+    """Wait at a hardware barrier until THREADS threads have arrived; ids below 5 are Gluon's own."""
     gl.inline_asm_elementwise(_SYNC[THREADS], "=r,r", [gl.to_tensor(barrier)], dtype=gl.int32, is_pure=False, pack=1)
 
 

@@ -156,10 +156,11 @@ def _fill(i, desc, ring, batch, at, head):
 
 @gluon.jit
 def producer(q_desc, do_desc, k_desc, v_desc, queries, do_tiles, keys, values, mailbox, work, group, counter_ptr,
-             STEP: gl.constexpr, LAG: gl.constexpr = 0):  # fmt: skip
+             STEP: gl.constexpr, LAG: gl.constexpr = 0, VALUES_FIRST: gl.constexpr = False):  # fmt: skip
     """One warp: hand out tiles, copy in their rows of Q, and of dO, and then keys and values, by STEP tiles a time.
 
-    LAG is how many steps later than a tile's keys its values are used: so they are copied behind the next keys, too.
+    LAG is how many steps later than a tile's keys its values are used: so they are copied behind the next keys, too,
+    or with VALUES_FIRST before them.
     """
     BLOCK_M: gl.constexpr = queries.tiles.shape[1]
     BLOCK_N: gl.constexpr = keys.tiles.shape[1]
@@ -199,8 +200,11 @@ def producer(q_desc, do_desc, k_desc, v_desc, queries, do_tiles, keys, values, m
             col0 += STEP * BLOCK_N
             last_at = at
             at = work.keys_at.place(batch, k_start, band.len_k, col0)
+            if VALUES_FIRST:
+                _fill(copied + i - LAG, v_desc, values, batch, last_at, head_k)
             _fill(copied + i, k_desc, keys, batch, at, head_k)
-            _fill(copied + i - LAG, v_desc, values, batch, at if LAG == 0 else last_at, head_k)
+            if not VALUES_FIRST:
+                _fill(copied + i - LAG, v_desc, values, batch, at if LAG == 0 else last_at, head_k)
             if i == turn:
                 tile = take(tile, counter_ptr)
         copied += end - first
