@@ -31,7 +31,14 @@ def launches(batch=1, queries=1, heads=32, heads_k=8, right=-1, **options):
         {"batch": 12},
         {"queries": 2, "right": 0},
         {"batch": 3, "heads": 8, "queries": 2},
+        {"batch": 5},
+        {"batch": 20},
         {"batch": 100},
+        {"queries": 3, "right": 0},
+        {"queries": 8, "right": 0},
+        {"heads_k": 1},
+        {"heads_k": 1, "batch": 90},
+        {"batch": 40},
     ],
     ids=str,
 )
@@ -43,7 +50,8 @@ def test_it_fits_without_spills(options):
     assert "LDL" not in found.assembly
     assert "STL" not in found.assembly
     (loop,) = found.loops
-    assert sum("HGMMA" in line for line in loop) == 32  # scores and outputs of 64 rows, eight products each, twice
+    keys, groups = launch.args[1].block_shape[-2], launch.options["num_warps"] // 4
+    assert sum("HGMMA" in line for line in loop) * groups == keys // 4  # of scores and outputs, 64 by 16 each
     assert sum("UTMALDG" in line for line in loop) == 2  # of keys and values
 
 
@@ -52,9 +60,10 @@ def test_it_fits_without_spills(options):
     [
         {"softcap": 3.0},
         {"alibi_slopes": torch.ones(32)},
-        {"queries": 3},
-        {"batch": 5},
-        {"batch": 40},
+        {"queries": 9},
+        {"queries": 3, "batch": 5},
+        {"queries": 3, "batch": 11},
+        {"batch": 49},
         {"leftpad_k": torch.zeros(1)},
     ],
     ids=str,

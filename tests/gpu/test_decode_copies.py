@@ -54,10 +54,24 @@ def random_lengths(batch, longest):
 @pytest.mark.parametrize(
     ("heads", "heads_k", "queries"), [(32, 8, 1), (8, 8, 1), (8, 1, 1), (8, 2, 2), (6, 2, 2), (2, 2, 5)], ids=str
 )
-@pytest.mark.parametrize(("programs", "longest"), [(8, 1000), (24, 257), (128, 300), (960, 150)])
+@pytest.mark.parametrize(("programs", "longest"), [(8, 1000), (24, 257), (48, 500), (128, 300), (200, 300), (960, 150)])
 def test_against_float64(programs, longest, heads, heads_k, queries, dtype, served):
     lengths = random_lengths(programs // heads_k, longest)
     q, k, v, used = make(lengths, heads, heads_k, queries, dtype, longest + 1)
+    results = attention_with_kvcache(q, k, v, cache_seqlens=used, causal=True, return_lse=True)
+    assert served[0] is not None
+    check(results, q, k, v, used, right=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("programs", "heads", "heads_k", "queries"),
+    [(1, 32, 1, 1), (8, 32, 8, 8), (8, 9, 1, 1), (24, 32, 8, 3), (33, 9, 3, 7), (100, 32, 1, 1), (132, 24, 2, 1)],
+    ids=str,
+)
+def test_more_rows_against_float64(programs, heads, heads_k, queries, dtype, served):
+    lengths = random_lengths(programs // heads_k, 700)
+    q, k, v, used = make(lengths, heads, heads_k, queries, dtype, 701)
     results = attention_with_kvcache(q, k, v, cache_seqlens=used, causal=True, return_lse=True)
     assert served[0] is not None
     check(results, q, k, v, used, right=0)

@@ -82,8 +82,8 @@ class CopyPlan:
         combined = min(power_of_two(rows), c.block_m, 32 * c.num_warps // parts)  # rows at a time, all in registers
         tail = (
             group, rows, p.seqlen_q, p.seqlen_k, self._rows, s.number, p.right, *x.q.stride()[:3], *out.stride()[:3],
-            *lse.stride()[:2], x.softmax_scale * LOG2E, c.block_m, c.num_stages, p.right >= 0, s.least_tiles,
-            s.launched > 1, combined, parts,
+            *lse.stride()[:2], x.softmax_scale * LOG2E, c.block_m, c.num_stages, p.right >= 0 and p.seqlen_q > 1,
+            s.least_tiles, s.launched > 1, combined, parts, p.seqlen_q == 1,
         )  # fmt: skip
         rest = (out, lse, x.seqused_k, scratch.room, scratch.counters)
         tiles = (y.checked() for y in self._tiles(x))

@@ -1,5 +1,6 @@
 """How a decode call is tiled and how many programs share the keys of one sequence."""
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -49,25 +50,35 @@ _MANY_SMALL_PAGES = _D(16, 64, 8, 4, 2)
 _8_BIT = {16: _D(16, 64, 4, 4, 2, 4), 32: _D(32, 128, 4, 3, 2), 64: _D(64, 64, 4, 3, 1)}
 _8_BIT_ALONE = _D(16, 128, 4, 5, 1, 4)  # for fewer programs than two a processor
 _COPIED = _D(8, 128, 4, 3, 1)  # as many tiles on their way as memory holds
+_COPIED_BY_TWO = _D(8, 64, 4, 3, 2)  # programs that share a processor, where one each would leave a wave half empty
+_COPIED_ROWS = _D(32, 128, 8, 3, 1)
 _SPLIT = _D(32, 128, 8, 3, 1)  # for keys in several splits: these warps combine 32 rows sooner
 
 
 def copied(p: AttentionProblem, device: Device) -> DecodeConfig | None:
     """The tile of a call whose keys had better come through Hopper's copy engine, or None.
 
-    H200, microseconds before and after, of 32 heads over 8: 1 x 8,192 20.6 and 19.4, 1 x 131,072 136.6 and 134.6,
-    16 x 8,192 134.6 and 133.6, 16 lengths up to that 107.4 and 84.7, 128 x 2,048 259.8 and 255.3. Numbers of programs
-    between these lose: 8 x 65,536 487.6 and 490.4, 64 x 8,192 488.5 and 498.2; so do more rows.
+    H200, microseconds before and after. 32 heads over 8: 1 x 8,192 20.8 and 19.0, 5 x 8,192 63.9 and 57.2, 8 x 8,192
+    76.6 and 75.0, 16 x 8,192 134.6 and 133.6, 17 x 8,192 165.0 and 147.4, 50 x 8,192 414.6 and 390.7, 90 x 4,096 374.4
+    and 352.2, 128 x 2,048 259.8 and 255.3; of lengths up to 8,192, 8 61.1 and 50.4, 16 107.4 and 84.7, 32 173.9 and
+    155.6, 48 210.3 and 195.6. 16 heads over 16: 16 x 8,192 250.0 and 245.4. 32 over 1: 16 x 8,192 34.1 and 32.4,
+    128 x 8,192 157.9 and 135.5, 1,000 x 1,024 284.3 and 204.2. 8 queries: 1 x 8,192 25.2 and 22.7, 4 x 8,192 49.9 and
+    48.6, but 16 x 8,192 134.5 and 135.6. Waves that are nearly full lose, too: 64 x 8,192 481.0 and 490.4.
     """
     rows, programs = p.seqlen_q * (p.heads // p.heads_k), p.batch * p.heads_k
     if device.family != "cuda90" or p.dtype.itemsize != 2 or p.cache_dtype is not None or p.is_batch_invariant:
         return None
-    if p.batch > _MOST_BATCH or p.head_dim != 128 or p.head_dim_v != 128 or rows > 8 or p.page_size or p.left >= 0:
+    if p.batch > _MOST_BATCH or p.head_dim != 128 or p.head_dim_v != 128 or rows > 32 or p.page_size or p.left >= 0:
         return None
     if p.has_softcap or p.has_alibi or p.is_varlen_q or p.is_varlen_k or p.has_leftpad_k:
         return None
-    is_split, is_wave = 4 * programs <= device.processors, device.processors < 2 * programs <= 2 * device.processors
-    return _COPIED if is_split or is_wave or programs >= 7 * device.processors else None
+    waves = programs / device.processors
+    if rows > 8:
+        is_faster = waves <= 1 / 4 or p.seqlen_q == 1
+        return _COPIED_ROWS._replace(block_m=16 if rows <= 16 else 32) if is_faster else None
+    if 1 < waves <= 2:
+        return _COPIED_BY_TWO
+    return None if 2 < waves < 7 and waves > 0.95 * math.ceil(waves) else _COPIED
 
 
 def is_decode(p: AttentionProblem, device: Device) -> bool:

@@ -57,6 +57,15 @@ class Rows:
     stride_oh: object
     stride_lb: object
     stride_lh: object
+    HAS_ONE: gl.constexpr  # query: then rows are heads, which saves a division each
+
+    @gluon.jit
+    def place(self, rows):
+        """(query, head of those that share keys) of each row."""
+        if self.HAS_ONE:
+            return rows * 0, rows
+        else:
+            return rows // self.group, rows % self.group
 
     @gluon.jit
     def queries(self, ROWS: gl.constexpr, D: gl.constexpr):
@@ -65,7 +74,8 @@ class Rows:
         rows = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         dims = gl.arange(0, D, gl.SliceLayout(0, layout))
         base = self.batch.to(gl.int64) * self.stride_qb + self.head_k * self.group * self.stride_qh
-        at = rows // self.group * self.stride_qs + rows % self.group * self.stride_qh
+        query, head = self.place(rows)
+        at = query * self.stride_qs + head * self.stride_qh
         at = gl.expand_dims(at, 1) + gl.expand_dims(dims, 0)
         return gl.load(self.q_ptr + base + at, mask=gl.expand_dims(rows < self.count, 1), other=0.0)
 
@@ -73,10 +83,11 @@ class Rows:
     def store(self, rows, out, lse, dims, AXIS: gl.constexpr):
         """Write results of rows, which are `out`'s axis 1 - AXIS, and `dims` its other one."""
         batch = self.batch.to(gl.int64)
-        head = self.head_k * self.group + rows % self.group
-        lse_at = batch * self.stride_lb + head * self.stride_lh + rows // self.group
+        query, head = self.place(rows)
+        head += self.head_k * self.group
+        lse_at = batch * self.stride_lb + head * self.stride_lh + query
         gl.store(self.lse_ptr + lse_at, lse, mask=rows < self.count)
-        at = rows // self.group * self.stride_os + head * self.stride_oh
+        at = query * self.stride_os + head * self.stride_oh
         at = batch * self.stride_ob + (gl.expand_dims(at, AXIS) + gl.expand_dims(dims, 1 - AXIS))
         mask = gl.expand_dims(rows < self.count, AXIS)
         gl.store(self.out_ptr + at, out.to(self.out_ptr.dtype.element_ty), mask=mask)
@@ -108,38 +119,47 @@ class Parts:
 
     @gluon.jit
     def combine(self, target, COMBINED: gl.constexpr, MOST: gl.constexpr):
-        """Add them up, COMBINED rows of MOST parts at a time: every thread its own elements, in the parts' order."""
-        DOWN: gl.constexpr = COMBINED if gl.num_warps() > COMBINED else gl.num_warps()
-        ACROSS: gl.constexpr = gl.num_warps() // DOWN
-        layout: gl.constexpr = gl.BlockedLayout([1, 4 // ACROSS if ACROSS < 4 else 1], [1, 32], [DOWN, ACROSS], [1, 0])
-        dims = gl.arange(0, self.D, gl.SliceLayout(0, layout))
+        """Add them up, COMBINED rows of MOST parts at a time: every thread its own elements, in the parts' order.
+
+        Code that runs once takes as long to fetch as to run, so it is short: a part's weights are worked out by one
+        thread each and shared out, and a thread's elements lie at offsets that the compiler knows.
+        """
+        WARPS: gl.constexpr = gl.num_warps()
+        DOWN: gl.constexpr = COMBINED if WARPS > COMBINED else WARPS
+        ACROSS: gl.constexpr = WARPS // DOWN
+        WIDE: gl.constexpr = 4 // ACROSS if ACROSS < 4 else 1
+        layout: gl.constexpr = gl.BlockedLayout([1, MOST, WIDE], [1, 1, 32], [DOWN, 1, ACROSS], [2, 1, 0])
+        flat: gl.constexpr = gl.BlockedLayout([1, 1], [32 // MOST, MOST], [WARPS, 1], [1, 0])
+        out_layout: gl.constexpr = gl.SliceLayout(1, layout)
+        row_layout: gl.constexpr = gl.SliceLayout(1, out_layout)
+        part = gl.arange(0, MOST, gl.SliceLayout(0, flat))
+        parts = gl.arange(0, MOST, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+        parts = gl.expand_dims(gl.expand_dims(parts, 0), 2)
+        dims = gl.arange(0, self.D, gl.SliceLayout(0, out_layout))
         for first in range(0, target.count, COMBINED):
-            rows = first + gl.arange(0, COMBINED, gl.SliceLayout(1, layout))
-            top = gl.full([COMBINED], _LOWEST, gl.float32, gl.SliceLayout(1, layout))
-            total = gl.zeros([COMBINED], gl.float32, gl.SliceLayout(1, layout))
-            out = gl.zeros([COMBINED, self.D], gl.float32, layout)
+            flat_rows = first + gl.arange(0, COMBINED, gl.SliceLayout(1, flat))
+            rows = first + gl.arange(0, COMBINED, row_layout)
+            at = gl.expand_dims(gl.expand_dims(rows * self.D, 1) + gl.expand_dims(dims, 0), 1)
+            top = gl.full([COMBINED], _LOWEST, gl.float32, gl.SliceLayout(1, flat))
+            total = gl.zeros([COMBINED], gl.float32, gl.SliceLayout(1, flat))
+            out = gl.zeros([COMBINED, self.D], gl.float32, out_layout)
             for begin in range(0, self.number, MOST):
-                at = begin * self.ROWS + rows
-                ptrs = self.ptr + (gl.expand_dims(at * self.D, 1) + gl.expand_dims(dims, 0))
-                lses, outs = (), ()
-                higher = top
-                for j in gl.static_range(MOST):
-                    is_there = (begin + j < self.number) & (rows < target.count)
-                    lse = gl.load(self.lse_ptr + at + j * self.ROWS, mask=is_there, other=_LOWEST, cache_modifier=".cg")
-                    mask = gl.expand_dims(is_there, 1)
-                    x = gl.load(ptrs + j * self.ROWS * self.D, mask=mask, other=0.0, cache_modifier=".cg")
-                    higher = gl.maximum(higher, lse)
-                    lses, outs = lses + (lse,), outs + (x,)  # noqa: RUF005 - Gluon has no other way
+                lse_at = gl.expand_dims((begin + part) * self.ROWS, 0) + gl.expand_dims(flat_rows, 1)
+                is_part = gl.expand_dims(begin + part < self.number, 0)
+                lses = gl.load(self.lse_ptr + lse_at, mask=is_part, other=_LOWEST, cache_modifier=".cg")
+                ptrs = (self.ptr + begin * self.ROWS * self.D + at) + parts * (self.ROWS * self.D)
+                x = gl.load(ptrs, mask=begin + parts < self.number, other=0.0, cache_modifier=".cg")
+                higher = gl.maximum(top, gl.max(lses, 1))
+                weights = gl.exp2(lses - gl.expand_dims(higher, 1))
                 decay = gl.exp2(top - higher)
-                total = total * decay
-                out = out * gl.expand_dims(decay, 1)
-                for j in gl.static_range(MOST):
-                    weight = gl.exp2(lses[j] - higher)
-                    total += weight
-                    out += outs[j] * gl.expand_dims(weight, 1)
+                total = total * decay + gl.sum(weights, 1)
                 top = higher
+                out = out * gl.expand_dims(gl.convert_layout(decay, row_layout), 1)
+                weights = gl.expand_dims(gl.convert_layout(weights, gl.SliceLayout(2, layout)), 2)
+                out += gl.sum(x * weights, 1)
             lse = gl.where(top == _LOWEST, float("inf"), (top + gl.log2(total)) * LN2)
-            target.store(rows, out / gl.expand_dims(total, 1), lse, dims, 1)
+            factor = gl.convert_layout(1.0 / total, row_layout)
+            target.store(rows, out * gl.expand_dims(factor, 1), gl.convert_layout(lse, row_layout), dims, 1)
 
 
 @gluon.jit(
@@ -150,7 +170,7 @@ def attention_decode_kernel(
     q_ptr, k_desc, v_desc, out_ptr, lse_ptr, used_ptr, parts_ptr, counters_ptr, group, count, len_q,
     len_k, rows_k, most_splits, right, stride_qb, stride_qs, stride_qh, stride_ob, stride_os, stride_oh, stride_lb,
     stride_lh, scale, ROWS: gl.constexpr, STAGES: gl.constexpr, HAS_RIGHT: gl.constexpr, LEAST_TILES: gl.constexpr,
-    IS_SPLIT: gl.constexpr, COMBINED: gl.constexpr, MOST: gl.constexpr,
+    IS_SPLIT: gl.constexpr, COMBINED: gl.constexpr, MOST: gl.constexpr, HAS_ONE: gl.constexpr,
 ):  # fmt: skip
     """out and natural-log LSE of softmax(scale * q k^T / log2(e)) v for `len_q` queries; scale is in log2 units.
 
@@ -171,7 +191,7 @@ def attention_decode_kernel(
     fence_async_shared()
     thread_barrier()
     target = Rows(q_ptr, out_ptr, lse_ptr, batch, head, group, count, stride_qb, stride_qs, stride_qh, stride_ob,
-                  stride_os, stride_oh, stride_lb, stride_lh)  # fmt: skip
+                  stride_os, stride_oh, stride_lb, stride_lh, HAS_ONE)  # fmt: skip
     q = target.queries(ROWS, D)
     splits = 1  # here at the earliest the length is waited for
     if IS_SPLIT:  # by the keys in use, whatever the number of programs
