@@ -224,7 +224,7 @@ def _consumer(dk_desc, dv_desc, shared, work, rule, scale, WG: gl.constexpr, HAS
             limits = t.band.query_limits(t.col0 + WG * KEYS, t.first * BLOCK_M, KEYS, s_layout)
         tiles = t.end - t.first
         masked = t.masked_end - t.first
-        tile = 0  # of this head
+        tile = t.start - t.first  # of this head
         head = t.head_k * t.group
         diagonal = t.col0 + WG * KEYS - t.first * BLOCK_M - (t.band.len_k - t.band.len_q)
         shared.keys.wait(done)
@@ -246,7 +246,7 @@ def _consumer(dk_desc, dv_desc, shared, work, rule, scale, WG: gl.constexpr, HAS
             dk, dv = _step(i, done, is_last, tile < masked, tile * BLOCK_M, diagonal, slope, dk, dv, shared, limits,
                            t.band, rule, WG, HAS_MASK, HAS_DQ)  # fmt: skip
             tile = gl.where(tile + 1 == tiles, 0, tile + 1)
-            head = gl.where(tile == 0, head + 1, head)
+            head = gl.where(tile == t.start - t.first, head + 1, head)
         if not EARLY:
             shared.values.release(done)
             shared.keys.release(done)
@@ -307,7 +307,7 @@ def attention_backward_kernel(
     mailbox = new_mailbox(7, 3 if HAS_DQ else 2)
     fence_async_shared()
     work = Work(cu_q_ptr, cu_k_ptr, batch, heads, group, chunk, len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT,
-                BLOCK_M, BLOCK_N)  # fmt: skip
+                HAS_DQ, BLOCK_M, BLOCK_N)  # fmt: skip
     rule = Rule(scale_log2, cap_scale, cap, slopes_ptr, slope_stride, HAS_SOFTCAP)
     shared = Shared(keys, values, queries, gradients, statistics, ds_tiles, dq_tiles, dq_empty, mailbox)
     if HAS_DQ:

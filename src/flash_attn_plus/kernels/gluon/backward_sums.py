@@ -2,10 +2,10 @@
 
 A counter for every tile of queries of a head tells who does what, in whatever order programs come by. A program claims
 a tile before its part is there: the first one's part is stored, so that nobody clears the accumulator, and the others
-await that before they add theirs; all walk in the same order, so that no two await each other. With all its queries
-behind it, a program counts itself as done with each tile of them. The tiles are dealt to the programs' rounding warps,
-which await their last part: so they are rounded out of the cache and beside the products. Nothing waits for a program
-that does not run, as all draw their tiles of keys.
+await that before they add theirs; all walk in the same direction, full bands in a circle, so that no two await each
+other. With all its queries behind it, a program counts itself as done with each tile of them. The tiles are dealt to
+the programs' rounding warps, which await their last part: so they are rounded out of the cache and beside the products.
+Nothing waits for a program that does not run, as all draw their tiles of keys.
 """
 
 from triton.experimental import gluon
@@ -172,7 +172,7 @@ def dq_writer(sums, shared, work):
     t = work.receive(shared.mailbox, 0)
     while t.batch >= 0:
         head = t.head_k * t.group
-        tile = t.first
+        tile = t.start
         steps = t.steps()
         claims = 0 * steps
         was_first = 0 * steps  # of the step before, which was not told
@@ -180,7 +180,11 @@ def dq_writer(sums, shared, work):
             claims = sums.claim(t, head, tile)
         for i in range(steps):
             is_first = claims == 0
-            if (claims > 0) & (claims < _STORED):
+            before_head, before_tile = t.before(head, tile)
+            waits = (claims > 0) & (claims < _STORED)
+            if waits:
+                if was_first > 0:  # who waits owes nothing, else all those of a circle would
+                    sums.tell_stored(t, before_head, before_tile, 0)
                 sums.await_first(t, head, tile)
             for w in gl.static_range(2):
                 named_sync(DQ_FULL + w, 160)
@@ -188,8 +192,8 @@ def dq_writer(sums, shared, work):
             for w in gl.static_range(2):
                 tma.store_wait(1 - w)
                 mbarrier.arrive(shared.dq_empty.index(w), count=1)
-            if was_first > 0:  # only now: to await this step's copies would hold up the next, by 6 % at head dim 64
-                before_head, before_tile = t.before(head, tile)
+            # only now: to await this step's copies would hold up the next, by 6 % at head dim 64
+            if (was_first > 0) & (waits == 0):
                 sums.tell_stored(t, before_head, before_tile, 2)
             was_first = gl.where(is_first, 1, 0)
             head, tile = t.after(head, tile)

@@ -194,7 +194,7 @@ def attention_backward_wide_kernel(
     mailbox = new_mailbox(7, 2)
     fence_async_shared()
     work = Work(cu_q_ptr, cu_k_ptr, batch, heads, group, chunk, len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT,
-                BLOCK_M, BLOCK_N)  # fmt: skip
+                False, BLOCK_M, BLOCK_N)  # fmt: skip
     rule = Rule(scale_log2, cap_scale, cap, slopes_ptr, slope_stride, HAS_SOFTCAP)
     shared = Shared(keys, values, queries, gradients, statistics, p_tiles, mailbox)
     gl.warp_specialize([

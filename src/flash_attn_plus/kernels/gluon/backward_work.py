@@ -19,6 +19,7 @@ class Tile:
     group: object
     col0: object
     first: object
+    start: object  # where each head's walk begins, and ends before
     masked_end: object  # tiles [first, masked_end) need a mask
     end: object
     q_start: object
@@ -35,14 +36,13 @@ class Tile:
     @gluon.jit
     def after(self, head, tile):
         """(head, tile) of the next step."""
-        is_last = tile + 1 == self.end
-        return gl.where(is_last, head + 1, head), gl.where(is_last, self.first, tile + 1)
+        tile = gl.where(tile + 1 == self.end, self.first, tile + 1)
+        return gl.where(tile == self.start, head + 1, head), tile
 
     @gluon.jit
     def before(self, head, tile):
         """(head, tile) of the step before; computed, since a loop does not carry what was another name's value."""
-        is_first = tile == self.first
-        return gl.where(is_first, head - 1, head), gl.where(is_first, self.end, tile) - 1
+        return gl.where(tile == self.start, head - 1, head), gl.where(tile == self.first, self.end, tile) - 1
 
     @gluon.jit
     def padded_row(self, head, row):
@@ -68,6 +68,7 @@ class Work:
     right: object
     has_left: gl.constexpr
     has_right: gl.constexpr
+    in_circle: gl.constexpr  # tiles of a full band begin at different queries: else they add to one tile of dq at once
     BLOCK_M: gl.constexpr
     BLOCK_N: gl.constexpr
 
@@ -104,8 +105,11 @@ class Work:
         if self.has_left:
             masked_end = end
         masked_end = gl.where(col0 + self.BLOCK_N <= len_k, masked_end, end)
-        return Tile(sequence, head_k, self.heads, self.group, col0, first, masked_end, end, q_start, k_start, band,
-                    self.cu_q_ptr is not None, self.BLOCK_M)  # fmt: skip
+        start = first
+        if self.in_circle and not (self.has_left or self.has_right):
+            start += col0 // self.BLOCK_N * (end - first) // gl.cdiv(gl.maximum(len_k, 1), self.BLOCK_N)
+        return Tile(sequence, head_k, self.heads, self.group, col0, first, start, masked_end, end, q_start, k_start,
+                    band, self.cu_q_ptr is not None, self.BLOCK_M)  # fmt: skip
 
     @gluon.jit
     def query_count(self):
@@ -185,7 +189,7 @@ def producer(q_desc, k_desc, v_desc, do_desc, stat_desc, shared, work, counter_p
         if t.col0 < t.band.len_k:
             shared.mailbox.send(sent, numbers)
             head = t.head_k * t.group
-            tile = t.first
+            tile = t.start
             steps = t.steps()
             if steps > 0:  # what is free first comes first
                 _fill(n, q_desc, stat_desc, LSE, shared.queries, shared.statistics, t, head, tile)
