@@ -26,11 +26,16 @@ def can_copy(x: Tensor) -> bool:
     return x.data_ptr() & 15 == 0
 
 
+# Releases of Triton under which every kernel passed its tests on an H200: Gluon is experimental and changes with each.
+PROVEN = ("3.6.", "3.7.")
+FAILED = {"3.9.": "the backward pass hangs under it"}
+
+
 def has_proven_gluon() -> bool:
-    """Whether Triton is of the release under which the kernels ran: Gluon is experimental and changes with each."""
+    """Whether Triton is of a release under which the kernels are proven."""
     import triton
 
-    return triton.__version__.startswith("3.6.")
+    return triton.__version__.startswith(PROVEN)
 
 
 PAGE = 128  # rows of the largest tile of keys, which must lie within a page
@@ -58,7 +63,9 @@ class GluonHopper(Backend):
         import triton
 
         if not has_proven_gluon():
-            return f"triton {triton.__version__} has another Gluon than the kernels are written for; install triton 3.6"
+            found = triton.__version__
+            why = next((w for v, w in FAILED.items() if found.startswith(v)), "the kernels are not proven under it")
+            return f"triton {found}: {why}; install triton 3.6 or 3.7"
         return None
 
     def reasons(self, problem: AttentionProblem) -> list[str]:

@@ -24,6 +24,7 @@ class Tiles:
     """
 
     __slots__ = ("base", "box", "padding", "shape", "strides")
+    round_f32_to_tf32 = False  # launchers ask for it from Triton 3.7 on
 
     def __init__(self, base: Any, shape: list[int], strides: list[int], box: tuple[int, int]):
         self.base, self.shape, self.strides, self.box, self.padding = base, shape, strides, box, "zero"

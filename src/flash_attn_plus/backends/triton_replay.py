@@ -15,7 +15,7 @@ from flash_attn_plus.backends import triton_descriptors, triton_key
 triton_key.remember()  # every launcher imports this module, and none needs the key before
 
 # The launcher's arguments are not public. These are the versions it was read and run in; others bind every time.
-_PROVEN = ("3.6.",)
+_PROVEN = ("3.6.", "3.7.")
 IS_PROVEN = triton.__version__.startswith(_PROVEN) and torch.version.hip is None
 
 
@@ -40,13 +40,19 @@ class Replay:
 
     def __init__(self, compiled: CompiledKernel, grid: tuple[int, ...], tail: tuple, device: torch.device):
         run = compiled.run
-        between: tuple = ()
+        middle: tuple = (compiled.packed_metadata, None, None, None)  # without hooks and what they are told
         self._launch: Any = run
         self._described: list[_Described] = []
+        self._is_packed = False
         if not (run.global_scratch_size or run.profile_scratch_size):  # then the wrapper has nothing to do
             self._launch, self._described = _bare(run.launch)
-            between = (run.launch_cooperative_grid, run.launch_pdl, None, None)
-        self._middle = (compiled.function, *between, compiled.packed_metadata, None, None, None)
+            flags = (run.launch_cooperative_grid, run.launch_pdl)
+            self._is_packed = hasattr(run, "arg_annotations")  # from Triton 3.7 on
+            if self._is_packed:
+                middle = (*flags, *middle, None, None, run.arg_annotations, run.kernel_signature)
+            else:
+                middle = (*flags, None, None, *middle)
+        self._middle = (compiled.function, *middle)
         self._grid = (*grid, 1, 1)[:3]
         self._tail = tail
         self._device = device.index
@@ -75,7 +81,10 @@ class Replay:
     def launch(self, arguments: list) -> None:
         """Launch with all arguments in front of the numbers, descriptors as `expanded` returns them."""
         stream = torch._C._cuda_getCurrentRawStream(self._device)
-        self._launch(*self._grid, stream, *self._middle, *arguments, *self._tail)
+        if self._is_packed:
+            self._launch(*self._grid, stream, *self._middle, (*arguments, *self._tail))
+        else:
+            self._launch(*self._grid, stream, *self._middle, *arguments, *self._tail)
 
 
 def _bare(launch: Any) -> tuple[Any, list[_Described]]:
