@@ -64,7 +64,7 @@ FORWARD = {
     "256": ForwardTile(64, 2, 3, 2, 2, False, False, 240, 24),
 }
 # A kernel of dq's own makes 7 products of 5, but no sums in memory. So it is faster for short sequences, and repeatable
-# ones cost 12 to 26 % from 8,192 keys on. Sums that nobody clears first or rounds afterwards took
+# ones cost 8 to 21 % from 8,192 keys on. Sums that nobody clears first or rounds afterwards took
 # 1,024 keys of head dim 64 from 310 to 338 TFLOP/s, 2,048 of 128 from 420 to 448; statistics subtracted by products
 # packed documents from 465 to 495.
 BACKWARD = {
