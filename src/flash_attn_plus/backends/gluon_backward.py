@@ -11,7 +11,7 @@ from flash_attn_plus.kernels.gluon import backward as backward_kernels
 from flash_attn_plus.kernels.gluon import backward_dq as dq_kernels
 from flash_attn_plus.kernels.gluon import backward_ends as ends_kernels
 from flash_attn_plus.kernels.gluon import backward_wide as wide_kernels
-from flash_attn_plus.kernels.gluon.backward_statistics import COLS
+from flash_attn_plus.kernels.gluon.backward_ends import COLS
 from flash_attn_plus.kernels.gluon.backward_sums import HELD_COLS, HELD_ROWS, SIDE
 from flash_attn_plus.problem import AttentionInputs, AttentionProblem
 from flash_attn_plus.tuning import hopper

@@ -26,7 +26,7 @@ def can_copy(x: Tensor) -> bool:
     return x.data_ptr() & 15 == 0
 
 
-# Releases of Triton under which every kernel passed its tests on an H200: Gluon is experimental and changes with each.
+# Releases of Triton under which every kernel passed on an H200: Gluon is experimental and changes with each.
 PROVEN = ("3.6.", "3.7.")
 FAILED = {"3.9.": "the backward pass hangs under it"}
 

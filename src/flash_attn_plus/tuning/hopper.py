@@ -98,8 +98,6 @@ PROCESSORS = 132  # of a GPU, among which tiles are dealt
 # How much longer tiles of 256 queries may take by their number alone: full bands of 384 and 640 queries, which leave
 # a third and a fifth of them idle, lose 42 and 14 %; causal ones of 320 lose 5 % by as much, but those of 640 gain 5 %.
 MOST, MOST_CAUSAL = 1.05, 1.25
-
-
 MOST_SUMMED = 4_000_000  # keys, up to whose tiles' parts of dq a counter counts
 
 

@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-COLS: tl.constexpr = tl.constexpr(16)  # of terms (see kernels/gluon/backward_statistics.py)
+COLS: tl.constexpr = tl.constexpr(16)  # for terms, the depth of a matrix instruction (see backward_statistics)
+TERMS: tl.constexpr = tl.constexpr(3)  # of a statistic
 
 
 @triton.jit
@@ -43,9 +44,9 @@ def _rows(cu_q_ptr, len_q, heads, ROWS: tl.constexpr, ALIGN: tl.constexpr):
 
 @triton.jit
 def _terms(x, first, column):
-    """Three bfloat16 terms of float32 rows in the columns from `first` on, zeros elsewhere."""
+    """The bfloat16 terms of float32 rows in the columns from `first` on, zeros elsewhere."""
     terms = tl.zeros_like(x[:, None] + column)
-    for i in tl.static_range(3):
+    for i in tl.static_range(TERMS):
         term = x.to(tl.bfloat16).to(tl.float32)
         terms = tl.where(column == first + i, term[:, None], terms)
         x -= term
@@ -94,7 +95,7 @@ def attention_prepare_kernel(
         column = tl.arange(0, COLS)[None, :]
         # finite, since zeros stand beside it in products; more than any product that a float32 exponent can outweigh
         lse = tl.minimum(tl.maximum(lse * inverse_scale, -1e30), 1e30)
-        terms = _terms(lse, 0, column) + _terms(delta, 3, column)
+        terms = _terms(lse, 0, column) + _terms(delta, TERMS, column)
         tl.store(statistics_ptr + slot[:, None] * COLS + column, terms.to(tl.bfloat16))
     if parts_ptr is not None:
         if row0 % ALIGN == 0:

@@ -11,10 +11,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
+from flash_attn_plus.kernels.gluon.backward_ends import COLS, TERMS
 from flash_attn_plus.kernels.gluon.hopper import copy_in, record
 
-COLS = gl.constexpr(16)  # the depth of a matrix instruction
-TERMS = gl.constexpr(3)
 LSE = gl.constexpr(0)
 DELTA = gl.constexpr(1)
 
