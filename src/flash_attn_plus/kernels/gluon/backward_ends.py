@@ -1,4 +1,4 @@
-"""Before the backward kernel: row statistics, and of dq what it counts from and what it does not write."""
+"""Before the backward kernel: the rows' statistics, and counters of dq's parts at 0."""
 
 import triton
 import triton.language as tl
